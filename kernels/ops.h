@@ -160,11 +160,11 @@ struct lr_l2norm_args {
 
 /* beta = sigmoid(b);  g = -exp(A_log) * softplus(a + dt_bias), softplus(x) = x above 20, else log1p(exp(x)). */
 struct lr_delta_gates_args {
-    const lr_act *b; /* [n_rows, n_heads], row stride ba_stride; head h at b[h_offset(h)]: see head_index */
+    const lr_act *b; /* [n_rows, ba_stride] */
     const lr_act *a;
     int64_t ba_stride;
-    const int32_t *b_index; /* [n_heads] column of head h's b in a row of `b` */
-    const int32_t *a_index; /* [n_heads] column of head h's a in a row of `a` */
+    const int32_t *b_index; /* [n_heads] column of head h's b in a row of `b`; NULL: column h */
+    const int32_t *a_index; /* [n_heads] column of head h's a in a row of `a`; NULL: column h */
     const float *a_log;     /* [n_heads] */
     const float *dt_bias;   /* [n_heads] */
     float *beta;            /* [n_rows, n_heads] float32 */
@@ -377,7 +377,7 @@ struct lr_router_args {
     float *weights; /* [n_rows, top_k] */
 };
 
-/* x[t] += sum_k weights[t, k] * y[row_of[t, k]] in ascending k, then + sigmoid(shared_gate[t]) * shared[t].
+/* x[t] += sum_k weights[t, k] * y[row_of[t, k]] in ascending k, then + sigmoid(shared_gate[t]) * shared[t]. top_k may be 0.
  *   acc = 0; acc = fma(w_k, y_k, acc) ...; acc = fma(sigmoid(gate), shared, acc); x = x + acc */
 struct lr_moe_combine_args {
     lr_act *x; /* [n_rows, d] contiguous, the residual stream */
@@ -388,7 +388,7 @@ struct lr_moe_combine_args {
     const int64_t *row_of;  /* [n_rows, top_k] rows of y */
     const lr_act *y;        /* [any, d] contiguous */
     const lr_act *shared;   /* [n_rows, d] or NULL */
-    const lr_act *shared_gate; /* [n_rows] logits, or NULL */
+    const lr_act *shared_gate; /* [n_rows] logits; NULL: the factor of `shared` is 1 */
 };
 
 /* ---- the table ---------------------------------------------------------------------------------------------------- */
