@@ -1,0 +1,240 @@
+/* Forks: questions and answers from the end of a sealed document.
+ *
+ * Rows of several forks go through the layers together, time-major (see lr_batch). The dense parts are computed by
+ * every worker; attention over the document's KV and experts stay where they are. A row's result does not depend on
+ * its neighbours, so a question gets the same answer alone and among others. */
+#include "worker/session_impl.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum lr_status lr_session_fork(struct lr_session *session, struct lr_fork **out, struct lr_error *err)
+{
+    if (!session->sealed)
+        return lr_fail(err, LR_INVALID, "a fork needs a sealed document");
+    for (int64_t i = 0; i < session->options.max_forks; i++) {
+        struct lr_fork *fork = &session->forks[i];
+        if (fork->in_use)
+            continue;
+        fork->in_use = 1;
+        lr_fork_rewind(fork);
+        *out = fork;
+        return LR_OK;
+    }
+    return lr_fail(err, LR_FULL, "all %lld forks of the session are in use",
+                   (long long)session->options.max_forks);
+}
+
+void lr_fork_rewind(struct lr_fork *fork)
+{
+    struct lr_session *session = fork->session;
+    const struct lr_model_dims *dims = &session->engine->model.dims;
+    size_t layers = (size_t)dims->n_delta_layers;
+    memcpy(fork->states, session->states, layers * lr_state_floats(dims) * sizeof(float));
+    memcpy(fork->tails, session->tails, layers * lr_tail_floats(dims) * sizeof(float));
+    fork->position = session->n_tokens;
+    if (!fork->kv)
+        return;
+    size_t layer_bytes = (size_t)session->fork_blocks * session->block_bytes;
+    for (int64_t i = 0; i < dims->n_attention_layers; i++) {
+        memset(fork->kv + (size_t)i * layer_bytes, 0, layer_bytes);
+        memcpy(fork->kv + (size_t)i * layer_bytes,
+               session->edge_blocks + (size_t)i * session->block_bytes, session->block_bytes);
+    }
+}
+
+void lr_fork_release(struct lr_fork *fork)
+{
+    fork->in_use = 0;
+}
+
+int64_t lr_fork_position(const struct lr_fork *fork)
+{
+    return fork->position;
+}
+
+/* ---- batches ------------------------------------------------------------------------------------------------------ */
+
+/* The inputs of a call, sorted by falling number of tokens. `source` is the place in the caller's array. */
+struct entry {
+    const struct lr_fork_input *input;
+    int64_t source;
+};
+
+static int more_tokens_first(const void *a, const void *b)
+{
+    const struct entry *x = a, *y = b;
+    if (x->input->n_ids != y->input->n_ids)
+        return x->input->n_ids > y->input->n_ids ? -1 : 1;
+    return x->source < y->source ? -1 : 1;
+}
+
+static enum lr_status check_inputs(const struct lr_session *session,
+                                   const struct lr_fork_input *inputs, int64_t n_inputs,
+                                   struct lr_error *err)
+{
+    int64_t vocab = session->engine->model.dims.vocab;
+    int64_t end = session->n_tokens + session->options.max_fork_tokens;
+    for (int64_t i = 0; i < n_inputs; i++) {
+        const struct lr_fork_input *input = &inputs[i];
+        if (input->n_ids < 1)
+            return lr_fail(err, LR_INVALID, "question %lld has no tokens", (long long)i + 1);
+        if (input->fork->position + input->n_ids > end)
+            return lr_fail(err, LR_INVALID,
+                           "question %lld and its answer would take %lld tokens, more than the %lld "
+                           "that were planned for",
+                           (long long)i + 1,
+                           (long long)(input->fork->position + input->n_ids - session->n_tokens),
+                           (long long)session->options.max_fork_tokens);
+        for (int64_t j = 0; j < input->n_ids; j++)
+            if (input->ids[j] < 0 || input->ids[j] >= vocab)
+                return lr_fail(err, LR_INVALID,
+                               "token id %d of question %lld is outside the vocabulary of %lld",
+                               input->ids[j], (long long)i + 1, (long long)vocab);
+    }
+    return LR_OK;
+}
+
+/* What one call of lr_forks_extend carries through its steps. */
+struct extension {
+    struct lr_session *session;
+    struct entry *entries; /* [n] sorted */
+    int64_t n;
+    float *last; /* [n, d] residual rows of each entry's last token */
+    lr_logits_sink *sink;
+    void *sink_context;
+};
+
+/* Slices [first, end) of the sorted inputs whose rows fit one step. */
+static int64_t choose_slices(const struct extension *extension, int64_t first, int64_t *slice_first)
+{
+    int64_t slice = first, rows = 0, active = extension->n;
+    int64_t most = extension->entries[0].input->n_ids;
+    slice_first[0] = 0;
+    while (slice < most) {
+        while (active > 0 && extension->entries[active - 1].input->n_ids <= slice)
+            active--;
+        if (rows > 0 && rows + active > extension->session->max_rows)
+            break;
+        rows += active;
+        slice_first[++slice - first] = rows;
+    }
+    return slice;
+}
+
+/* Logits of every row of a single fork's step, to the caller's sink. */
+static enum lr_status sink_rows(const struct extension *extension, const struct lr_step *step,
+                                struct lr_error *err)
+{
+    struct lr_session *session = extension->session;
+    struct lr_engine *engine = session->engine;
+    const struct lr_model_dims *dims = &engine->model.dims;
+    enum lr_status status = LR_OK;
+    float *normed = LR_STEP_ARRAY(session, float, dims->d);
+    float *logits = LR_STEP_ARRAY(session, float, dims->vocab);
+    for (int64_t i = 0; engine->comm->rank == 0 && i < step->n_rows && status == LR_OK; i++) {
+        lr_step_logits(engine, step->x + i * dims->d, 1, normed, logits);
+        status = extension->sink(extension->sink_context, step->positions[i], logits, err);
+    }
+    return lr_agree(engine->comm, status, err);
+}
+
+/* Runs slices [first, end) and moves the forks on. */
+static enum lr_status run_slices(const struct extension *extension, int64_t first, int64_t end,
+                                 const int64_t *slice_first, struct lr_error *err)
+{
+    struct lr_session *session = extension->session;
+    const struct lr_model_dims *dims = &session->engine->model.dims;
+    int64_t n_rows = slice_first[end - first], n_forks = slice_first[1];
+    lr_arena_rewind(&session->workspace, 0);
+    struct lr_fork **forks = LR_STEP_ARRAY(session, struct lr_fork *, n_forks);
+    int64_t *positions = LR_STEP_ARRAY(session, int64_t, n_rows);
+    int32_t *ids = LR_STEP_ARRAY(session, int32_t, n_rows);
+    for (int64_t f = 0; f < n_forks; f++)
+        forks[f] = extension->entries[f].input->fork;
+    for (int64_t j = first; j < end; j++)
+        for (int64_t f = 0, row = slice_first[j - first]; row < slice_first[j - first + 1]; f++, row++) {
+            positions[row] = forks[f]->position + (j - first);
+            ids[row] = extension->entries[f].input->ids[j];
+        }
+    struct lr_batch batch = {.forks = forks,
+                             .n_forks = n_forks,
+                             .n_slices = end - first,
+                             .slice_first = slice_first};
+    struct lr_step step = {
+        .session = session, .batch = &batch, .n_rows = n_rows, .positions = positions};
+    LR_TRY(lr_step_begin(&step, ids, err));
+    LR_TRY(lr_step_layers(&step, err));
+    for (int64_t f = 0; f < n_forks; f++) {
+        int64_t tokens = lr_batch_fork_tokens(&batch, f);
+        forks[f]->position += tokens;
+        if (first + tokens == extension->entries[f].input->n_ids)
+            memcpy(extension->last + f * dims->d,
+                   step.x + (slice_first[tokens - 1] + f) * dims->d,
+                   (size_t)dims->d * sizeof(float));
+    }
+    return extension->sink ? sink_rows(extension, &step, err) : LR_OK;
+}
+
+static enum lr_status run_extension(const struct extension *extension, int64_t *slice_first,
+                                    struct lr_error *err)
+{
+    int64_t most = extension->entries[0].input->n_ids;
+    for (int64_t first = 0; first < most;) {
+        int64_t end = choose_slices(extension, first, slice_first);
+        LR_TRY(run_slices(extension, first, end, slice_first, err));
+        first = end;
+    }
+    return LR_OK;
+}
+
+/* Logits of every entry's last token, in the caller's order. Worker 0 only. */
+static void last_logits(const struct extension *extension, float *logits)
+{
+    struct lr_session *session = extension->session;
+    struct lr_engine *engine = session->engine;
+    const struct lr_model_dims *dims = &engine->model.dims;
+    lr_arena_rewind(&session->workspace, 0);
+    float *x = LR_STEP_ARRAY(session, float, extension->n *dims->d);
+    float *normed = LR_STEP_ARRAY(session, float, extension->n *dims->d);
+    for (int64_t i = 0; i < extension->n; i++)
+        memcpy(x + extension->entries[i].source * dims->d, extension->last + i * dims->d,
+               (size_t)dims->d * sizeof(float));
+    lr_step_logits(engine, x, extension->n, normed, logits);
+}
+
+enum lr_status lr_forks_extend(struct lr_session *session, const struct lr_fork_input *inputs,
+                               int64_t n_inputs, float *logits, lr_logits_sink *sink,
+                               void *sink_context, struct lr_error *err)
+{
+    const struct lr_engine *engine = session->engine;
+    if (n_inputs == 0)
+        return LR_OK;
+    if (n_inputs > session->max_rows || (sink && n_inputs > 1))
+        return lr_fail(err, LR_INVALID, "%lld forks in one call", (long long)n_inputs);
+    LR_TRY(check_inputs(session, inputs, n_inputs, err));
+    enum lr_status status = LR_OK;
+    struct extension extension = {
+        .session = session, .n = n_inputs, .sink = sink, .sink_context = sink_context};
+    int64_t most = 0;
+    for (int64_t i = 0; i < n_inputs; i++)
+        most = lr_max_i64(most, inputs[i].n_ids);
+    extension.entries = calloc((size_t)n_inputs, sizeof *extension.entries);
+    extension.last = calloc((size_t)(n_inputs * engine->model.dims.d), sizeof *extension.last);
+    int64_t *slice_first = calloc((size_t)most + 2, sizeof *slice_first);
+    if (!extension.entries || !extension.last || !slice_first) {
+        status = lr_fail(err, LR_NO_MEMORY, "no memory to extend %lld forks", (long long)n_inputs);
+        goto free_extension;
+    }
+    for (int64_t i = 0; i < n_inputs; i++)
+        extension.entries[i] = (struct entry){.input = &inputs[i], .source = i};
+    qsort(extension.entries, (size_t)n_inputs, sizeof *extension.entries, more_tokens_first);
+    status = run_extension(&extension, slice_first, err);
+    if (status == LR_OK && logits && engine->comm->rank == 0)
+        last_logits(&extension, logits);
+free_extension:
+    free(slice_first);
+    free(extension.last);
+    free(extension.entries);
+    return status;
+}

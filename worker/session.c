@@ -1,0 +1,265 @@
+#include "worker/session.h"
+
+#include "base/log.h"
+#include "worker/plan.h"
+#include "worker/session_impl.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { BLOCK = LR_KV_BLOCK_TOKENS };
+
+static int64_t ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+/* ---- opening ------------------------------------------------------------------------------------------------------ */
+
+static enum lr_status check_options(const struct lr_session_options *o, struct lr_error *err)
+{
+    if (o->segment_tokens < LR_MIN_SEGMENT_TOKENS || o->segment_tokens > LR_MAX_SEGMENT_TOKENS ||
+        (o->segment_tokens & (o->segment_tokens - 1)) != 0)
+        return lr_fail(err, LR_INVALID, "segment of %lld tokens: it must be a power of two from %d to %d",
+                       (long long)o->segment_tokens, LR_MIN_SEGMENT_TOKENS, LR_MAX_SEGMENT_TOKENS);
+    if (o->max_tokens < 1 || o->max_tokens > INT64_C(1) << 36)
+        return lr_fail(err, LR_INVALID, "a document of %lld tokens: it must have 1 to 2^36",
+                       (long long)o->max_tokens);
+    if (o->max_forks < 0 || o->max_fork_tokens < 0)
+        return lr_fail(err, LR_INVALID, "%lld forks of %lld tokens", (long long)o->max_forks,
+                       (long long)o->max_fork_tokens);
+    if (o->kv_dtype != LR_F32 && o->kv_dtype != LR_BF16)
+        return lr_fail(err, LR_UNSUPPORTED, "KV is kept in f32 or bf16");
+    return LR_OK;
+}
+
+static double gib(size_t bytes)
+{
+    return (double)bytes / (double)(1u << 30);
+}
+
+static enum lr_status check_memory(const struct lr_engine *engine,
+                                   const struct lr_session_options *options, struct lr_error *err)
+{
+    struct lr_memory_plan plan;
+    lr_session_plan(&engine->model.dims, engine->ops, 0, engine->comm->size,
+                    engine->experts_replicated, options, &plan);
+    size_t available = lr_plan_available_bytes(engine->workers_on_host);
+    enum lr_status status = LR_OK;
+    if (plan.total_bytes > available)
+        status = lr_fail(err, LR_NO_MEMORY,
+                         "%lld tokens on %d workers need %.2f GiB a worker (KV %.2f, states %.2f, "
+                         "forks %.2f, workspace %.2f) and %.2f GiB are free; use more workers, "
+                         "--kv-dtype bf16, fewer questions at once or a shorter document",
+                         (long long)options->max_tokens, engine->comm->size, gib(plan.total_bytes),
+                         gib(plan.kv_bytes), gib(plan.state_bytes), gib(plan.fork_bytes),
+                         gib(plan.workspace_bytes), gib(available));
+    return lr_agree(engine->comm, status, err);
+}
+
+static enum lr_status reserve(struct lr_session *session, struct lr_error *err)
+{
+    const struct lr_engine *engine = session->engine;
+    const struct lr_model_dims *dims = &engine->model.dims;
+    const struct lr_session_options *o = &session->options;
+    size_t kv = (size_t)(dims->n_attention_layers * session->local_blocks) * session->block_bytes;
+    size_t memory = lr_plan_state_bytes(dims, o, engine->comm->size, session->block_bytes) +
+                    lr_plan_fork_bytes(dims, o, session->block_bytes) + 4096;
+    LR_TRY(lr_arena_reserve(&session->kv_memory, kv, err));
+    LR_TRY(lr_arena_reserve(&session->memory, memory, err));
+    return lr_arena_reserve(&session->workspace,
+                            lr_plan_workspace_bytes(dims, engine->ops, engine->comm->size,
+                                                    engine->experts_replicated, o),
+                            err);
+}
+
+static void carve_forks(struct lr_session *session)
+{
+    const struct lr_engine *engine = session->engine;
+    const struct lr_model_dims *dims = &engine->model.dims;
+    struct lr_arena *arena = &session->memory;
+    size_t layers = (size_t)dims->n_delta_layers;
+    size_t blocks = (size_t)(dims->n_attention_layers * session->fork_blocks);
+    session->forks = lr_arena_alloc(arena, (size_t)session->options.max_forks, sizeof(struct lr_fork));
+    for (int64_t i = 0; session->forks && i < session->options.max_forks; i++) {
+        struct lr_fork *fork = &session->forks[i];
+        fork->session = session;
+        fork->index = (int)i;
+        fork->states = lr_arena_alloc(arena, layers * lr_state_floats(dims), sizeof(float));
+        fork->tails = lr_arena_alloc(arena, layers * lr_tail_floats(dims), sizeof(float));
+        if (i % engine->comm->size == engine->comm->rank)
+            fork->kv = lr_arena_alloc(arena, blocks, session->block_bytes);
+    }
+}
+
+static void carve(struct lr_session *session)
+{
+    const struct lr_engine *engine = session->engine;
+    const struct lr_model_dims *dims = &engine->model.dims;
+    const struct lr_session_options *o = &session->options;
+    struct lr_arena *arena = &session->memory;
+    size_t layers = (size_t)dims->n_delta_layers;
+    size_t summary = (size_t)(dims->n_attention_layers * dims->n_kv_heads * dims->head_dim);
+    session->held = lr_arena_alloc(arena, (size_t)(o->segment_tokens * engine->comm->size),
+                                   sizeof(int32_t));
+    session->states = lr_arena_alloc(arena, layers * lr_state_floats(dims), sizeof(float));
+    session->tails = lr_arena_alloc(arena, layers * lr_tail_floats(dims), sizeof(float));
+    session->edge_blocks =
+        lr_arena_alloc(arena, (size_t)dims->n_attention_layers, session->block_bytes);
+    if (o->top_k_blocks > 0)
+        session->block_means =
+            lr_arena_alloc(arena, summary * (size_t)ceil_div(o->max_tokens, BLOCK), sizeof(float));
+    if (o->decode_pages > 0) {
+        session->page_min =
+            lr_arena_alloc(arena, summary * (size_t)session->local_blocks, sizeof(float));
+        session->page_max =
+            lr_arena_alloc(arena, summary * (size_t)session->local_blocks, sizeof(float));
+    }
+    carve_forks(session);
+}
+
+enum lr_status lr_session_open(struct lr_engine *engine, const struct lr_session_options *options,
+                               const struct lr_session_hooks *hooks, struct lr_session **out,
+                               struct lr_error *err)
+{
+    LR_TRY(check_options(options, err));
+    LR_TRY(check_memory(engine, options, err));
+    struct lr_session *session = calloc(1, sizeof *session);
+    enum lr_status status = LR_OK;
+    if (!session)
+        status = lr_fail(err, LR_NO_MEMORY, "no memory for a session");
+    if (status == LR_OK) {
+        session->engine = engine;
+        session->options = *options;
+        session->hooks = hooks ? *hooks : (struct lr_session_hooks){0};
+        session->kv_shape = lr_plan_kv_shape(&engine->model.dims, options->kv_dtype);
+        session->block_bytes = engine->ops->kv_block_bytes(session->kv_shape);
+        session->local_blocks = lr_plan_local_blocks(options, engine->comm->size);
+        session->fork_blocks = lr_plan_fork_blocks(options);
+        session->max_rows =
+            lr_fork_step_rows(&engine->model.dims, options, engine->comm->size);
+        status = reserve(session, err);
+    }
+    if (status == LR_OK)
+        carve(session);
+    status = lr_agree(engine->comm, status, err);
+    if (status != LR_OK) {
+        lr_session_close(session);
+        return status;
+    }
+    *out = session;
+    return LR_OK;
+}
+
+void lr_session_close(struct lr_session *session)
+{
+    if (!session)
+        return;
+    lr_arena_release(&session->workspace);
+    lr_arena_release(&session->memory);
+    lr_arena_release(&session->kv_memory);
+    free(session);
+}
+
+/* ---- the document ------------------------------------------------------------------------------------------------- */
+
+static int64_t wave_tokens(const struct lr_session *session)
+{
+    return session->options.segment_tokens * session->engine->comm->size;
+}
+
+static enum lr_status run_wave(struct lr_session *session, struct lr_error *err)
+{
+    int64_t per_wave = wave_tokens(session);
+    struct lr_wave wave = {.index = session->n_tokens / per_wave,
+                           .first = session->n_tokens,
+                           .end = session->n_tokens + session->n_held,
+                           .segment = session->options.segment_tokens};
+    wave.n_active = (int)ceil_div(session->n_held, wave.segment);
+    LR_TRY(lr_prefill_wave(session, &wave, session->held, err));
+    session->n_held = 0;
+    if (session->hooks.on_wave) {
+        struct lr_wave_report report = {.tokens_done = session->n_tokens,
+                                        .tokens_total = session->options.max_tokens,
+                                        .waves_done = wave.index + 1,
+                                        .waves_total =
+                                            ceil_div(session->options.max_tokens, per_wave)};
+        session->hooks.on_wave(session->hooks.wave_context, &report);
+    }
+    return LR_OK;
+}
+
+enum lr_status lr_session_append(struct lr_session *session, const int32_t *ids, int64_t n_ids,
+                                 struct lr_error *err)
+{
+    if (session->sealed)
+        return lr_fail(err, LR_INVALID, "the document is sealed");
+    int64_t before = session->n_tokens + session->n_held;
+    if (n_ids > session->options.max_tokens - before)
+        return lr_fail(err, LR_INVALID, "a document of more than the %lld tokens that were planned for",
+                       (long long)session->options.max_tokens);
+    int64_t vocab = session->engine->model.dims.vocab;
+    for (int64_t i = 0; i < n_ids; i++)
+        if (ids[i] < 0 || ids[i] >= vocab)
+            return lr_fail(err, LR_INVALID,
+                           "token id %d at position %lld is outside the vocabulary of %lld", ids[i],
+                           (long long)(before + i), (long long)vocab);
+    while (n_ids > 0) {
+        int64_t take = lr_min_i64(n_ids, wave_tokens(session) - session->n_held);
+        memcpy(session->held + session->n_held, ids, (size_t)take * sizeof *ids);
+        session->n_held += take;
+        ids += take;
+        n_ids -= take;
+        if (session->n_held == wave_tokens(session))
+            LR_TRY(run_wave(session, err));
+    }
+    return LR_OK;
+}
+
+/* The unfinished last block goes to everyone: every fork starts its tail with it. */
+static enum lr_status share_edge(struct lr_session *session, struct lr_error *err)
+{
+    struct lr_comm *comm = session->engine->comm;
+    int64_t block = session->n_tokens / BLOCK;
+    if (session->n_tokens % BLOCK == 0)
+        return LR_OK; /* the edge blocks stay zero */
+    int owner = lr_session_block_owner(session, block);
+    for (int64_t i = 0; i < session->engine->model.dims.n_attention_layers; i++) {
+        char *edge = session->edge_blocks + (size_t)i * session->block_bytes;
+        if (comm->rank == owner)
+            memcpy(edge, lr_session_block(session, i, block), session->block_bytes);
+        LR_TRY(lr_comm_broadcast(comm, "edge block", owner, edge, session->block_bytes, err));
+    }
+    return LR_OK;
+}
+
+enum lr_status lr_session_seal(struct lr_session *session, struct lr_error *err)
+{
+    if (session->sealed)
+        return LR_OK;
+    if (session->n_tokens + session->n_held == 0)
+        return lr_fail(err, LR_INVALID, "the document is empty");
+    if (session->n_held > 0)
+        LR_TRY(run_wave(session, err));
+    const struct lr_model_dims *dims = &session->engine->model.dims;
+    size_t states = (size_t)dims->n_delta_layers * lr_state_floats(dims) * sizeof(float);
+    if (states > 0)
+        LR_TRY(lr_comm_broadcast(session->engine->comm, "document states", 0, session->states,
+                                 states, err));
+    LR_TRY(share_edge(session, err));
+    session->sealed = 1;
+    return LR_OK;
+}
+
+int64_t lr_session_tokens(const struct lr_session *session)
+{
+    return session->n_tokens;
+}
+
+enum lr_status lr_session_density(struct lr_session *session, double *density, struct lr_error *err)
+{
+    int64_t pairs[2] = {session->pairs_seen, session->pairs_causal};
+    LR_TRY(lr_comm_sum_i64(session->engine->comm, "density", pairs, 2, err));
+    *density = pairs[1] > 0 ? (double)pairs[0] / (double)pairs[1] : 1.0;
+    return LR_OK;
+}
