@@ -3,8 +3,8 @@
  *   base                     used                         capacity
  *   |<--- handed out ------->|<--- free, not yet touched --->|
  *
- * Memory is reserved at once and becomes resident when it is touched. Blocks are 64-byte aligned and zeroed on their
- * first use. One thread at a time. */
+ * Memory is reserved at once and becomes resident when it is touched. Blocks are 64-byte aligned
+ * and zeroed on their first use. One thread at a time. */
 #ifndef LR_BASE_ARENA_H
 #define LR_BASE_ARENA_H
 
@@ -22,11 +22,13 @@ LR_MUST_USE enum lr_status
 lr_arena_reserve(struct lr_arena *arena, size_t capacity_bytes, struct lr_error *err);
 void lr_arena_release(struct lr_arena *arena);
 
-/* `count` objects of `size` bytes, 64-byte aligned; NULL when the arena is full or the product overflows: sizes are
- * planned beforehand, so a NULL is a bug of the plan and callers report LR_NO_MEMORY. */
+/* `count` objects of `size` bytes, 64-byte aligned; NULL when the arena is full or the product
+ * overflows: sizes are planned beforehand, so a NULL is a bug of the plan and callers report
+ * LR_NO_MEMORY. */
 void *lr_arena_alloc(struct lr_arena *arena, size_t count, size_t size);
 
-/* Gives back everything handed out since `mark` (a former value of used_bytes). Contents stay as they are. */
+/* Gives back everything handed out since `mark` (a former value of used_bytes). Contents stay as
+ * they are. */
 void lr_arena_rewind(struct lr_arena *arena, size_t mark);
 
 #endif

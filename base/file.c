@@ -59,8 +59,8 @@ grow(char **data, size_t *capacity, size_t limit_bytes, const char *path, struct
     return LR_OK;
 }
 
-enum lr_status lr_file_read(const char *path, size_t limit_bytes, char **data, size_t *size_bytes,
-                            struct lr_error *err)
+enum lr_status lr_file_read(
+    const char *path, size_t limit_bytes, char **data, size_t *size_bytes, struct lr_error *err)
 {
     int is_stdin = strcmp(path, "-") == 0;
     int fd = is_stdin ? STDIN_FILENO : open(path, O_RDONLY | O_CLOEXEC);

@@ -15,9 +15,10 @@ LR_MUST_USE enum lr_status
 lr_file_map(const char *path, struct lr_mapped_file *out, struct lr_error *err);
 void lr_file_unmap(struct lr_mapped_file *file);
 
-/* Reads a file, or standard input for "-", into a new buffer with a NUL behind its last byte; the caller frees it.
- * More than `limit_bytes` is refused with LR_INVALID. Blocks until the end of the file. */
-LR_MUST_USE enum lr_status lr_file_read(const char *path, size_t limit_bytes, char **data,
-                                        size_t *size_bytes, struct lr_error *err);
+/* Reads a file, or standard input for "-", into a new buffer with a NUL behind its last byte; the
+ * caller frees it. More than `limit_bytes` is refused with LR_INVALID. Blocks until the end of the
+ * file. */
+LR_MUST_USE enum lr_status lr_file_read(
+    const char *path, size_t limit_bytes, char **data, size_t *size_bytes, struct lr_error *err);
 
 #endif

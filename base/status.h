@@ -1,8 +1,9 @@
 /* Status codes and error text.
  *
- * A function that can fail returns enum lr_status and takes `struct lr_error *err` last. The first one to decide that
- * something failed fills `err` with one sentence that has the names and numbers a user needs; callers only propagate
- * the code. Outputs are set on success only. `err` may be NULL where nobody will read the text. */
+ * A function that can fail returns enum lr_status and takes `struct lr_error *err` last. The first
+ * one to decide that something failed fills `err` with one sentence that has the names and numbers
+ * a user needs; callers only propagate the code. Outputs are set on success only. `err` may be NULL
+ * where nobody will read the text. */
 #ifndef LR_BASE_STATUS_H
 #define LR_BASE_STATUS_H
 
@@ -42,8 +43,9 @@ struct lr_error {
 /* The short fixed name of a status, for example "out of memory". Never NULL. */
 const char *lr_status_text(enum lr_status status);
 
-/* Fills `err` (may be NULL) with a printf-style sentence and returns `status`, so that deciding reads
- * `return lr_fail(err, LR_INVALID, "...", ...)`. A message that is too long is cut and ends in "...". */
+/* Fills `err` (may be NULL) with a printf-style sentence and returns `status`, so that deciding
+ * reads `return lr_fail(err, LR_INVALID, "...", ...)`. A message that is too long is cut and ends
+ * in "...". */
 enum lr_status lr_fail(struct lr_error *err, enum lr_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 

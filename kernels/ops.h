@@ -1,15 +1,19 @@
-/* The table of operations that every backend fills: `cpu` (float32 activations) and `cuda` (bf16 activations).
+/* The table of operations that every backend fills: `cpu` (float32 activations) and `cuda` (bf16
+ * activations).
  *
  * Contract of every slot, unless it says otherwise:
  *   - it owns nothing and allocates nothing: buffers, workspace and stream come with the arguments;
- *   - it cannot fail: arguments were checked when the model was planned; it neither prints nor synchronises (CUDA);
- *   - a row's result does not depend on the other rows, on the number of rows or of threads (batch-invariant);
+ *   - it cannot fail: arguments were checked when the model was planned; it neither prints nor
+ * synchronises (CUDA);
+ *   - a row's result does not depend on the other rows, on the number of rows or of threads
+ * (batch-invariant);
  *   - rows are tokens, row-major; strides are in elements; sizes and offsets are 64-bit.
  *
- * The bits (CPU; see docs/segments-and-bits.md): a dot product over k is one chain of fused multiply-adds in ascending
- * k that starts at +0; a sum over a row runs in 16 lanes (element i in lane i mod 16, ascending) folded by one tree
- * (lane j + lane j+8, then +4, +2, +1); division and square root are IEEE; exp and friends are kernels/cpu/math.h.
- * The three instruction sets v4 (AVX-512), v3 (AVX2 + FMA) and c (plain C with fmaf) give equal bits.
+ * The bits (CPU; see docs/segments-and-bits.md): a dot product over k is one chain of fused
+ * multiply-adds in ascending k that starts at +0; a sum over a row runs in 16 lanes (element i in
+ * lane i mod 16, ascending) folded by one tree (lane j + lane j+8, then +4, +2, +1); division and
+ * square root are IEEE; exp and friends are kernels/cpu/math.h. The three instruction sets v4
+ * (AVX-512), v3 (AVX2 + FMA) and c (plain C with fmaf) give equal bits.
  *
  * Called from one host thread; work is spread over exec->pool inside. */
 #ifndef LR_KERNELS_OPS_H
@@ -46,7 +50,9 @@ struct lr_exec {
     size_t workspace_bytes;
 };
 
-/* ---- dense layers ------------------------------------------------------------------------------------------------- */
+/* ---- dense layers
+ * -------------------------------------------------------------------------------------------------
+ */
 
 /* A weight matrix W [n, k] (y = x W^T) in the backend's own layout and its own type.
  * CPU: panels of 16 rows of W, each [k][16], the last one padded with zeros:
@@ -72,12 +78,12 @@ struct lr_gemm_args {
     int accumulate; /* adds the finished product to y: the residual */
 };
 
-/* For each expert e: rows [offsets[e], offsets[e+1]) of x go through  y = down_e (act(gate_e x) * (up_e x)).
- * A dense SwiGLU layer is the case of one expert. */
+/* For each expert e: rows [offsets[e], offsets[e+1]) of x go through  y = down_e (act(gate_e x) *
+ * (up_e x)). A dense SwiGLU layer is the case of one expert. */
 struct lr_experts_args {
-    const lr_act *x; /* [n_rows, d] contiguous, sorted by expert */
-    lr_act *y;       /* [n_rows, d] contiguous, overwritten */
-    lr_act *hidden;  /* scratch [n_rows, ffn] */
+    const lr_act *x;        /* [n_rows, d] contiguous, sorted by expert */
+    lr_act *y;              /* [n_rows, d] contiguous, overwritten */
+    lr_act *hidden;         /* scratch [n_rows, ffn] */
     const int64_t *offsets; /* [n_experts + 1], ascending, host memory */
     int64_t n_experts;
     const struct lr_weight *gate; /* [n_experts], each [ffn, d] */
@@ -86,7 +92,8 @@ struct lr_experts_args {
     enum lr_activation activation;
 };
 
-/* ---- norms, rotary, small fused steps ----------------------------------------------------------------------------- */
+/* ---- norms, rotary, small fused steps
+ * ----------------------------------------------------------------------------- */
 
 /* y = x * rsqrt(mean(x^2) + eps) * (1 + w)  if plus_one,  else * w.  Rows of n_cols. y may be x. */
 struct lr_rmsnorm_args {
@@ -101,7 +108,8 @@ struct lr_rmsnorm_args {
     int plus_one;
 };
 
-/* y = x * rsqrt(mean(x^2) + eps) * w * silu(z), over each of n_heads heads of head_dim. y may be x. */
+/* y = x * rsqrt(mean(x^2) + eps) * w * silu(z), over each of n_heads heads of head_dim. y may be x.
+ */
 struct lr_gated_rmsnorm_args {
     const lr_act *x; /* [n_rows, n_heads * head_dim], row stride x_stride */
     int64_t x_stride;
@@ -116,8 +124,9 @@ struct lr_gated_rmsnorm_args {
     float eps;
 };
 
-/* Per head: RMSNorm with (1 + w), then rotary on the first `rotary_dim` components in halves. In place.
- *   x1 = x[:rot/2], x2 = x[rot/2:rot];  x1' = fma(x1, cos, -(x2 * sin)),  x2' = fma(x2, cos, x1 * sin) */
+/* Per head: RMSNorm with (1 + w), then rotary on the first `rotary_dim` components in halves. In
+ * place. x1 = x[:rot/2], x2 = x[rot/2:rot];  x1' = fma(x1, cos, -(x2 * sin)),  x2' = fma(x2, cos,
+ * x1 * sin) */
 struct lr_norm_rope_args {
     lr_act *x; /* [n_rows, n_heads, head_dim], row stride x_stride */
     int64_t x_stride;
@@ -132,8 +141,8 @@ struct lr_norm_rope_args {
     float eps;
 };
 
-/* Causal depthwise convolution with activation:  y[t, c] = act(sum_w w[c, w] x[t - W + 1 + w, c]), taps ascending.
- * Rows before the first come from `tail`. x and y must not overlap. */
+/* Causal depthwise convolution with activation:  y[t, c] = act(sum_w w[c, w] x[t - W + 1 + w, c]),
+ * taps ascending. Rows before the first come from `tail`. x and y must not overlap. */
 struct lr_conv_args {
     const lr_act *x; /* [n_rows, n_channels], row stride x_stride */
     int64_t x_stride;
@@ -147,7 +156,8 @@ struct lr_conv_args {
     enum lr_activation activation;
 };
 
-/* x *= scale * rsqrt(sum(x^2) + eps), over each of n_heads heads of head_dim, contiguous heads. In place. */
+/* x *= scale * rsqrt(sum(x^2) + eps), over each of n_heads heads of head_dim, contiguous heads. In
+ * place. */
 struct lr_l2norm_args {
     lr_act *x; /* [n_rows, n_heads * head_dim], row stride x_stride */
     int64_t x_stride;
@@ -158,7 +168,8 @@ struct lr_l2norm_args {
     float scale;
 };
 
-/* beta = sigmoid(b);  g = -exp(A_log) * softplus(a + dt_bias), softplus(x) = x above 20, else log1p(exp(x)). */
+/* beta = sigmoid(b);  g = -exp(A_log) * softplus(a + dt_bias), softplus(x) = x above 20, else
+ * log1p(exp(x)). */
 struct lr_delta_gates_args {
     const lr_act *b; /* [n_rows, ba_stride] */
     const lr_act *a;
@@ -187,12 +198,13 @@ struct lr_sigmoid_gate_args {
     int64_t head_dim;
 };
 
-/* ---- gated delta rule --------------------------------------------------------------------------------------------- */
+/* ---- gated delta rule
+ * --------------------------------------------------------------------------------------------- */
 
 /* Per value head (key head = h / (n_v_heads / n_k_heads)), state S [dk, dv] float32:
  *   S <- exp(g_t) S;  S <- S + k_t (beta_t (v_t - S^T k_t))^T;  o_t = S^T q_t
- * One segment of n_rows tokens is an affine map of the state that enters it: S_out = M S_in + B. (Yang et al. 2024,
- * Gated Delta Networks; summary as in fla's context parallelism.) */
+ * One segment of n_rows tokens is an affine map of the state that enters it: S_out = M S_in + B.
+ * (Yang et al. 2024, Gated Delta Networks; summary as in fla's context parallelism.) */
 struct lr_delta_shape {
     int64_t n_k_heads, n_v_heads, dk, dv;
 };
@@ -206,10 +218,12 @@ struct lr_delta_segment_args {
     const float *g;    /* [n_rows, n_v_heads] */
     const float *beta; /* [n_rows, n_v_heads] */
     int64_t n_rows;
-    float *work; /* delta_work_floats(shape, n_rows) floats: written by delta_summary, read by delta_output */
+    float *work; /* delta_work_floats(shape, n_rows) floats: written by delta_summary, read by
+                    delta_output */
 };
 
-/* S_out = M S_in + B for every head: M [n_v_heads, dk, dk], B, S [n_v_heads, dk, dv]. S_out must not be S_in. */
+/* S_out = M S_in + B for every head: M [n_v_heads, dk, dk], B, S [n_v_heads, dk, dv]. S_out must
+ * not be S_in. */
 struct lr_delta_fold_args {
     struct lr_delta_shape shape;
     const float *m;
@@ -223,21 +237,23 @@ struct lr_delta_step_args {
     struct lr_delta_shape shape;
     const lr_act *q, *k, *v;
     int64_t qkv_stride;
-    const float *g, *beta;  /* [n_rows, n_v_heads] */
-    float *const *states;   /* [n_rows] pointers to S [n_v_heads, dk, dv], updated in place; all different */
-    lr_act *o;              /* [n_rows, n_v_heads * dv], row stride o_stride */
+    const float *g, *beta; /* [n_rows, n_v_heads] */
+    float *const
+        *states; /* [n_rows] pointers to S [n_v_heads, dk, dv], updated in place; all different */
+    lr_act *o;   /* [n_rows, n_v_heads * dv], row stride o_stride */
     int64_t o_stride;
     int64_t n_rows;
 };
 
-/* ---- softmax attention over KV blocks ----------------------------------------------------------------------------- */
+/* ---- softmax attention over KV blocks
+ * ----------------------------------------------------------------------------- */
 
 enum { LR_KV_BLOCK_TOKENS = 128 };
 
-/* One KV block holds 128 tokens of one layer on an absolute grid (token p is in block p / 128). CPU layout, elements
- * of `dtype`, dv16 = head_dim rounded up to 16:
- *   per KV head:  K as 8 panels of 16 keys [8][head_dim][16]  |  V [128][dv16], columns behind head_dim zero
- * Keys that do not exist yet are zero. */
+/* One KV block holds 128 tokens of one layer on an absolute grid (token p is in block p / 128). CPU
+ * layout, elements of `dtype`, dv16 = head_dim rounded up to 16: per KV head:  K as 8 panels of 16
+ * keys [8][head_dim][16]  |  V [128][dv16], columns behind head_dim zero Keys that do not exist yet
+ * are zero. */
 struct lr_kv_shape {
     int64_t n_heads; /* query heads; head h reads KV head h / (n_heads / n_kv_heads) */
     int64_t n_kv_heads;
@@ -250,7 +266,8 @@ struct lr_kv_ref {
     const void *data;
     int64_t position; /* of its first token, a multiple of 128 */
     int32_t n_keys;   /* 1..128 */
-    int32_t whole;    /* 1: seen by window and sinks rules alike (a chosen block); causality still holds */
+    int32_t
+        whole; /* 1: seen by window and sinks rules alike (a chosen block); causality still holds */
 };
 
 struct lr_kv_list {
@@ -270,26 +287,30 @@ struct lr_kv_store_args {
     void *const *blocks; /* blocks[i] is block position / 128 + i */
 };
 
-/* Online softmax: folds the keys of the listed blocks, in ascending order, into the running (m, l, o) of every row and
- * head:  s_j = scale * (q . k_j) where j is visible, else -inf;  m' = max(m, max_j s_j) per block;
- *   p_j = exp(s_j - m');  l = l * exp(m - m') + sum_j p_j (16 lanes by key position);  o = o * exp(m - m') + sum_j p_j v_j.
- * Key j is visible to the query at position i where j <= i and (window == 0 or i - j < window or j < sinks or its
- * block is `whole`). A row that sees nothing keeps m = -inf, l = 0, o = 0. */
+/* Online softmax: folds the keys of the listed blocks, in ascending order, into the running (m, l,
+ * o) of every row and head:  s_j = scale * (q . k_j) where j is visible, else -inf;  m' = max(m,
+ * max_j s_j) per block; p_j = exp(s_j - m');  l = l * exp(m - m') + sum_j p_j (16 lanes by key
+ * position);  o = o * exp(m - m') + sum_j p_j v_j. Key j is visible to the query at position i
+ * where j <= i and (window == 0 or i - j < window or j < sinks or its block is `whole`). A row that
+ * sees nothing keeps m = -inf, l = 0, o = 0. */
 struct lr_attention_args {
     struct lr_kv_shape shape;
-    const lr_act *q; /* [n_rows, n_heads, head_dim], row stride q_stride, head stride q_head_stride */
+    const lr_act
+        *q; /* [n_rows, n_heads, head_dim], row stride q_stride, head stride q_head_stride */
     int64_t q_stride;
     int64_t q_head_stride;
     int64_t n_rows;
-    const int64_t *positions; /* [n_rows] absolute; ascending where `lists` has more than one entry */
+    const int64_t
+        *positions; /* [n_rows] absolute; ascending where `lists` has more than one entry */
     float scale;
     int64_t window; /* 0: no window, everything before i is visible */
     int64_t sinks;
-    const struct lr_kv_list *lists; /* one list for all; or [query block][n_kv_heads] where n_lists > 1: */
-    int64_t n_lists;                /*   row r reads list (positions[r] / 128 - positions[0] / 128, its KV head) */
-    float *m;                       /* [n_rows, n_heads]; -inf before the first fold */
-    float *l;                       /* [n_rows, n_heads]; 0 */
-    float *o;                       /* [n_rows, n_heads, head_dim]; 0 */
+    const struct lr_kv_list
+        *lists;      /* one list for all; or [query block][n_kv_heads] where n_lists > 1: */
+    int64_t n_lists; /*   row r reads list (positions[r] / 128 - positions[0] / 128, its KV head) */
+    float *m;        /* [n_rows, n_heads]; -inf before the first fold */
+    float *l;        /* [n_rows, n_heads]; 0 */
+    float *o;        /* [n_rows, n_heads, head_dim]; 0 */
 };
 
 /* y = o / l (0 where l = 0), into [n_rows, n_heads * head_dim]. */
@@ -302,25 +323,28 @@ struct lr_attention_finish_args {
     int64_t head_dim;
 };
 
-/* Merging partials of different KV ranges so that the order cannot matter: with the global maximum and a common power
- * of two for each row and head, every partial is rounded to 64-bit integers, whose sum is associative.
- * Step 1 (merge_bounds): bound[row, head, 0] = max_p m_p;  bound[.., 1] = max over p, d of |o_p|, and of l_p.
- * Step 2 (merge_accumulate): w = exp(m_p - m);  sum_l += rint(l_p w 2^e), sum_o[d] += rint(o_p[d] w 2^e), with e such
- *   that n_partials_total * bound1 * 2^e < 2^62.   Step 3 (merge_finish): y = (float)sum_o / (float)sum_l.
- * Between the steps the caller takes the maximum of `bound` and the sum of the integers over all workers. */
+/* Merging partials of different KV ranges so that the order cannot matter: with the global maximum
+ * and a common power of two for each row and head, every partial is rounded to 64-bit integers,
+ * whose sum is associative. Step 1 (merge_bounds): bound[row, head, 0] = max_p m_p;  bound[.., 1] =
+ * max over p, d of |o_p|, and of l_p. Step 2 (merge_accumulate): w = exp(m_p - m);  sum_l +=
+ * rint(l_p w 2^e), sum_o[d] += rint(o_p[d] w 2^e), with e such that n_partials_total * bound1 * 2^e
+ * < 2^62.   Step 3 (merge_finish): y = (float)sum_o / (float)sum_l. Between the steps the caller
+ * takes the maximum of `bound` and the sum of the integers over all workers. */
 struct lr_merge_args {
     int64_t n_rows, n_heads, head_dim;
     int64_t n_partials;       /* partials here */
     int64_t n_partials_total; /* over all workers: the same number everywhere */
     const float *m, *l;       /* [n_partials, n_rows, n_heads] */
     const float *o;           /* [n_partials, n_rows, n_heads, head_dim] */
-    float *bound;             /* [n_rows, n_heads, 2]; merge_bounds writes it, later steps read it */
-    int64_t *sums;            /* [n_rows, n_heads, head_dim + 1], the last is l; merge_accumulate overwrites it */
-    lr_act *y;                /* merge_finish: [n_rows, n_heads * head_dim], row stride y_stride */
+    float *bound; /* [n_rows, n_heads, 2]; merge_bounds writes it, later steps read it */
+    int64_t
+        *sums; /* [n_rows, n_heads, head_dim + 1], the last is l; merge_accumulate overwrites it */
+    lr_act *y; /* merge_finish: [n_rows, n_heads * head_dim], row stride y_stride */
     int64_t y_stride;
 };
 
-/* Summaries of one block's keys for selection: mean over its n_keys, and per-channel minimum and maximum. */
+/* Summaries of one block's keys for selection: mean over its n_keys, and per-channel minimum and
+ * maximum. */
 struct lr_block_summary_args {
     struct lr_kv_shape shape;
     const struct lr_kv_ref *blocks; /* [n_blocks] */
@@ -330,14 +354,16 @@ struct lr_block_summary_args {
     float *max;
 };
 
-/* Chooses, for every query block (128 consecutive positions on the absolute grid) and KV head, the `top_k` candidate
- * blocks with the largest  mean_q . mean_k  (mean_q over the block's rows and the KV head's query heads); ties go to
- * the lower block. Candidates of query block b: blocks c with c * 128 >= sinks and (c + 1) * 128 <= b * 128 - window,
- * that is, blocks that lie wholly behind the window's reach of the query block's first row (and in front of it).
- * chosen[qb, kv_head, 0 .. n): ascending block numbers, padded with -1. */
+/* Chooses, for every query block (128 consecutive positions on the absolute grid) and KV head, the
+ * `top_k` candidate blocks with the largest  mean_q . mean_k  (mean_q over the block's rows and the
+ * KV head's query heads); ties go to the lower block. Candidates of query block b: blocks c with c
+ * * 128 >= sinks and (c + 1) * 128 <= b * 128 - window, that is, blocks that lie wholly behind the
+ * window's reach of the query block's first row (and in front of it). chosen[qb, kv_head, 0 .. n):
+ * ascending block numbers, padded with -1. */
 struct lr_block_select_args {
     struct lr_kv_shape shape;
-    const lr_act *q; /* [n_rows, n_heads, head_dim], strides as in attention; consecutive positions */
+    const lr_act
+        *q; /* [n_rows, n_heads, head_dim], strides as in attention; consecutive positions */
     int64_t q_stride;
     int64_t q_head_stride;
     int64_t n_rows;
@@ -350,8 +376,8 @@ struct lr_block_select_args {
     int32_t *chosen; /* [ceil(n_rows / 128), n_kv_heads, top_k] */
 };
 
-/* Quest's bound for each page and row:  sum_d max(q_d min_d, q_d max_d), the maximum over the query heads of a KV
- * head's group. (Tang et al. 2024.) */
+/* Quest's bound for each page and row:  sum_d max(q_d min_d, q_d max_d), the maximum over the query
+ * heads of a KV head's group. (Tang et al. 2024.) */
 struct lr_page_bounds_args {
     struct lr_kv_shape shape;
     const lr_act *q; /* [n_rows, n_heads, head_dim] */
@@ -363,10 +389,12 @@ struct lr_page_bounds_args {
     float *bounds; /* [n_rows, n_kv_heads, n_pages] */
 };
 
-/* ---- mixture of experts ------------------------------------------------------------------------------------------- */
+/* ---- mixture of experts
+ * ------------------------------------------------------------------------------------------- */
 
-/* p = softmax(logits) over all experts; the top_k of p (ties: the lower id), renormalised to sum 1 if `renormalize`
- * (sum in the order of selection: descending p). Written in ascending expert id. */
+/* p = softmax(logits) over all experts; the top_k of p (ties: the lower id), renormalised to sum 1
+ * if `renormalize` (sum in the order of selection: descending p). Written in ascending expert id.
+ */
 struct lr_router_args {
     const lr_act *logits; /* [n_rows, n_experts] contiguous; float32 on every backend */
     int64_t n_rows;
@@ -377,36 +405,46 @@ struct lr_router_args {
     float *weights; /* [n_rows, top_k] */
 };
 
-/* x[t] += sum_k weights[t, k] * y[row_of[t, k]] in ascending k, then + sigmoid(shared_gate[t]) * shared[t]. top_k may be 0.
- *   acc = 0; acc = fma(w_k, y_k, acc) ...; acc = fma(sigmoid(gate), shared, acc); x = x + acc */
+/* x[t] += sum_k weights[t, k] * y[row_of[t, k]] in ascending k, then + sigmoid(shared_gate[t]) *
+ * shared[t]. top_k may be 0. acc = 0; acc = fma(w_k, y_k, acc) ...; acc = fma(sigmoid(gate),
+ * shared, acc); x = x + acc */
 struct lr_moe_combine_args {
     lr_act *x; /* [n_rows, d] contiguous, the residual stream */
     int64_t n_rows;
     int64_t d;
     int64_t top_k;
-    const float *weights;   /* [n_rows, top_k] */
-    const int64_t *row_of;  /* [n_rows, top_k] rows of y */
-    const lr_act *y;        /* [any, d] contiguous */
-    const lr_act *shared;   /* [n_rows, d] or NULL */
+    const float *weights;      /* [n_rows, top_k] */
+    const int64_t *row_of;     /* [n_rows, top_k] rows of y */
+    const lr_act *y;           /* [any, d] contiguous */
+    const lr_act *shared;      /* [n_rows, d] or NULL */
     const lr_act *shared_gate; /* [n_rows] logits; NULL: the factor of `shared` is 1 */
 };
 
-/* ---- the table ---------------------------------------------------------------------------------------------------- */
+/* ---- the table
+ * ----------------------------------------------------------------------------------------------------
+ */
 
 struct lr_kernel_ops {
     const char *name; /* "cpu-v4", "cpu-v3", "cpu-c", "cuda" */
 
-    /* Bytes of a packed W [n, k]; and packing rows [row, row + n_rows) of a row-major matrix of `dtype` (its own type
-     * is kept) into w->data, which the caller allocated (zeroed, 64-byte aligned) with weight_bytes. */
+    /* Bytes of a packed W [n, k]; and packing rows [row, row + n_rows) of a row-major matrix of
+     * `dtype` (its own type is kept) into w->data, which the caller allocated (zeroed, 64-byte
+     * aligned) with weight_bytes. */
     size_t (*weight_bytes)(int64_t n, int64_t k, enum lr_dtype dtype);
     void (*weight_pack)(struct lr_weight *w, int64_t row, int64_t n_rows, const void *rows);
 
     void (*gemm)(const struct lr_exec *exec, const struct lr_gemm_args *args);
     void (*experts)(const struct lr_exec *exec, const struct lr_experts_args *args);
 
-    /* Rows of an embedding table [vocab, d] of `dtype`, row-major (not packed): y[t] = table[ids[t]]. */
-    void (*embed)(const struct lr_exec *exec, const void *table, enum lr_dtype dtype, int64_t d,
-                  const int32_t *ids, int64_t n_rows, lr_act *y);
+    /* Rows of an embedding table [vocab, d] of `dtype`, row-major (not packed): y[t] =
+     * table[ids[t]]. */
+    void (*embed)(const struct lr_exec *exec,
+                  const void *table,
+                  enum lr_dtype dtype,
+                  int64_t d,
+                  const int32_t *ids,
+                  int64_t n_rows,
+                  lr_act *y);
     void (*rmsnorm)(const struct lr_exec *exec, const struct lr_rmsnorm_args *args);
     void (*gated_rmsnorm)(const struct lr_exec *exec, const struct lr_gated_rmsnorm_args *args);
     void (*norm_rope)(const struct lr_exec *exec, const struct lr_norm_rope_args *args);
@@ -417,17 +455,25 @@ struct lr_kernel_ops {
 
     size_t (*delta_work_floats)(struct lr_delta_shape shape, int64_t n_rows);
     /* Writes M [n_v_heads, dk, dk] and B [n_v_heads, dk, dv] of the segment, and args->work. */
-    void (*delta_summary)(const struct lr_exec *exec, const struct lr_delta_segment_args *args, float *m, float *b);
-    /* After delta_summary, with the state s_in that enters the segment: o [n_rows, n_v_heads * dv], stride o_stride. */
-    void (*delta_output)(const struct lr_exec *exec, const struct lr_delta_segment_args *args, const float *s_in,
-                         lr_act *o, int64_t o_stride);
+    void (*delta_summary)(const struct lr_exec *exec,
+                          const struct lr_delta_segment_args *args,
+                          float *m,
+                          float *b);
+    /* After delta_summary, with the state s_in that enters the segment: o [n_rows, n_v_heads * dv],
+     * stride o_stride. */
+    void (*delta_output)(const struct lr_exec *exec,
+                         const struct lr_delta_segment_args *args,
+                         const float *s_in,
+                         lr_act *o,
+                         int64_t o_stride);
     void (*delta_fold)(const struct lr_exec *exec, const struct lr_delta_fold_args *args);
     void (*delta_step)(const struct lr_exec *exec, const struct lr_delta_step_args *args);
 
     size_t (*kv_block_bytes)(struct lr_kv_shape shape);
     void (*kv_store)(const struct lr_exec *exec, const struct lr_kv_store_args *args);
     void (*attention)(const struct lr_exec *exec, const struct lr_attention_args *args);
-    void (*attention_finish)(const struct lr_exec *exec, const struct lr_attention_finish_args *args);
+    void (*attention_finish)(const struct lr_exec *exec,
+                             const struct lr_attention_finish_args *args);
     void (*merge_bounds)(const struct lr_exec *exec, const struct lr_merge_args *args);
     void (*merge_accumulate)(const struct lr_exec *exec, const struct lr_merge_args *args);
     void (*merge_finish)(const struct lr_exec *exec, const struct lr_merge_args *args);
@@ -437,23 +483,33 @@ struct lr_kernel_ops {
 
     void (*router)(const struct lr_exec *exec, const struct lr_router_args *args);
     /* Copies rows: y[i] = x[rows[i]], d elements each. */
-    void (*gather_rows)(const struct lr_exec *exec, const lr_act *x, int64_t d, const int64_t *rows, int64_t n_rows,
+    void (*gather_rows)(const struct lr_exec *exec,
+                        const lr_act *x,
+                        int64_t d,
+                        const int64_t *rows,
+                        int64_t n_rows,
                         lr_act *y);
     void (*moe_combine)(const struct lr_exec *exec, const struct lr_moe_combine_args *args);
 };
 
 enum lr_isa { LR_ISA_AUTO, LR_ISA_V4, LR_ISA_V3, LR_ISA_C };
 
-/* The CPU table for an instruction set; AUTO takes the widest that this machine has. LR_UNSUPPORTED, naming what is
- * missing, where the machine lacks `isa`. */
+/* The CPU table for an instruction set; AUTO takes the widest that this machine has.
+ * LR_UNSUPPORTED, naming what is missing, where the machine lacks `isa`. */
 LR_MUST_USE enum lr_status
 lr_kernels_cpu(enum lr_isa isa, const struct lr_kernel_ops **out, struct lr_error *err);
 
-/* cos and sin of positions[t] * inv_freq[j], times `factor`, into [n_rows, n_freq]: the angle and its reduction to
- * [-pi, pi] in float64 with our own sine and cosine (position times frequency in float32 is off by half a radian at
- * ten million tokens). */
-void lr_rope_table(const int64_t *positions, int64_t n_rows, const double *inv_freq, int64_t n_freq, double factor,
-                   float *cos_out, float *sin_out);
+/* cos and sin of positions[t] * inv_freq[j], times `factor`, into [n_rows, n_freq]: the angle and
+ * its reduction to
+ * [-pi, pi] in float64 with our own sine and cosine (position times frequency in float32 is off by
+ * half a radian at ten million tokens). */
+void lr_rope_table(const int64_t *positions,
+                   int64_t n_rows,
+                   const double *inv_freq,
+                   int64_t n_freq,
+                   double factor,
+                   float *cos_out,
+                   float *sin_out);
 
 #ifdef __cplusplus
 }

@@ -48,7 +48,8 @@ static enum lr_status count_host_workers(struct lr_comm *comm, int *count, struc
 }
 
 static enum lr_status choose_placement(const struct lr_engine_options *options,
-                                       struct lr_engine *engine, struct lr_error *err)
+                                       struct lr_engine *engine,
+                                       struct lr_error *err)
 {
     struct lr_model_dims dims;
     size_t replicated_bytes;
@@ -70,8 +71,8 @@ static enum lr_status choose_placement(const struct lr_engine_options *options,
     return LR_OK;
 }
 
-static enum lr_status open_local(const struct lr_engine_options *options, struct lr_engine *engine,
-                                 struct lr_error *err)
+static enum lr_status
+open_local(const struct lr_engine_options *options, struct lr_engine *engine, struct lr_error *err)
 {
     LR_TRY(lr_kernels_cpu(options->isa, &engine->ops, err));
     LR_TRY(choose_placement(options, engine, err));
@@ -84,8 +85,10 @@ static enum lr_status open_local(const struct lr_engine_options *options, struct
                          engine->experts_replicated, &engine->model, err);
 }
 
-enum lr_status lr_engine_open(const struct lr_engine_options *options, struct lr_comm *comm,
-                              struct lr_engine *engine, struct lr_error *err)
+enum lr_status lr_engine_open(const struct lr_engine_options *options,
+                              struct lr_comm *comm,
+                              struct lr_engine *engine,
+                              struct lr_error *err)
 {
     *engine = (struct lr_engine){.comm = comm, .workers_on_host = 1};
     enum lr_status status = open_local(options, engine, err);

@@ -1,7 +1,7 @@
 /* The engine: one loaded model on one worker of a world, with everything a step needs.
  *
- * An engine outlives its sessions. All functions that take an engine or a session are collective: every worker of the
- * world calls them in the same order with the same arguments. One thread. */
+ * An engine outlives its sessions. All functions that take an engine or a session are collective:
+ * every worker of the world calls them in the same order with the same arguments. One thread. */
 #ifndef LR_WORKER_ENGINE_H
 #define LR_WORKER_ENGINE_H
 
@@ -26,18 +26,23 @@ struct lr_engine {
     struct lr_exec exec;
     struct lr_model model;
     int experts_replicated;
-    int workers_on_host; /* this one included */
-    int64_t *expert_rows; /* [size] rows that each worker's experts have computed, kept equal everywhere on demand */
+    int workers_on_host;  /* this one included */
+    int64_t *expert_rows; /* [size] rows that each worker's experts have computed, kept equal
+                             everywhere on demand */
     int64_t local_expert_rows;
 };
 
-/* Loads the model. On failure nothing is left allocated; every worker gets a failure if one has it. */
-LR_MUST_USE enum lr_status lr_engine_open(const struct lr_engine_options *options, struct lr_comm *comm,
-                                          struct lr_engine *engine, struct lr_error *err);
+/* Loads the model. On failure nothing is left allocated; every worker gets a failure if one has it.
+ */
+LR_MUST_USE enum lr_status lr_engine_open(const struct lr_engine_options *options,
+                                          struct lr_comm *comm,
+                                          struct lr_engine *engine,
+                                          struct lr_error *err);
 void lr_engine_close(struct lr_engine *engine);
 
-/* Collective agreement on an error: if any worker brings a status other than LR_OK, all return the lowest rank's
- * failure with its text. `mine` may have failed before; `err` holds its text. */
-LR_MUST_USE enum lr_status lr_agree(struct lr_comm *comm, enum lr_status mine, struct lr_error *err);
+/* Collective agreement on an error: if any worker brings a status other than LR_OK, all return the
+ * lowest rank's failure with its text. `mine` may have failed before; `err` holds its text. */
+LR_MUST_USE enum lr_status
+lr_agree(struct lr_comm *comm, enum lr_status mine, struct lr_error *err);
 
 #endif

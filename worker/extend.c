@@ -1,14 +1,16 @@
 /* Forks: questions and answers from the end of a sealed document.
  *
- * Rows of several forks go through the layers together, time-major (see lr_batch). The dense parts are computed by
- * every worker; attention over the document's KV and experts stay where they are. A row's result does not depend on
- * its neighbours, so a question gets the same answer alone and among others. */
+ * Rows of several forks go through the layers together, time-major (see lr_batch). The dense parts
+ * are computed by every worker; attention over the document's KV and experts stay where they are. A
+ * row's result does not depend on its neighbours, so a question gets the same answer alone and
+ * among others. */
 #include "worker/session_impl.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum lr_status lr_session_fork(struct lr_session *session, struct lr_fork **out, struct lr_error *err)
+enum lr_status
+lr_session_fork(struct lr_session *session, struct lr_fork **out, struct lr_error *err)
 {
     if (!session->sealed)
         return lr_fail(err, LR_INVALID, "a fork needs a sealed document");
@@ -53,9 +55,12 @@ int64_t lr_fork_position(const struct lr_fork *fork)
     return fork->position;
 }
 
-/* ---- batches ------------------------------------------------------------------------------------------------------ */
+/* ---- batches
+ * ------------------------------------------------------------------------------------------------------
+ */
 
-/* The inputs of a call, sorted by falling number of tokens. `source` is the place in the caller's array. */
+/* The inputs of a call, sorted by falling number of tokens. `source` is the place in the caller's
+ * array. */
 struct entry {
     const struct lr_fork_input *input;
     int64_t source;
@@ -70,7 +75,8 @@ static int more_tokens_first(const void *a, const void *b)
 }
 
 static enum lr_status check_inputs(const struct lr_session *session,
-                                   const struct lr_fork_input *inputs, int64_t n_inputs,
+                                   const struct lr_fork_input *inputs,
+                                   int64_t n_inputs,
                                    struct lr_error *err)
 {
     int64_t vocab = session->engine->model.dims.vocab;
@@ -80,12 +86,13 @@ static enum lr_status check_inputs(const struct lr_session *session,
         if (input->n_ids < 1)
             return lr_fail(err, LR_INVALID, "question %lld has no tokens", (long long)i + 1);
         if (input->fork->position + input->n_ids > end)
-            return lr_fail(err, LR_INVALID,
-                           "question %lld and its answer would take %lld tokens, more than the %lld "
-                           "that were planned for",
-                           (long long)i + 1,
-                           (long long)(input->fork->position + input->n_ids - session->n_tokens),
-                           (long long)session->options.max_fork_tokens);
+            return lr_fail(
+                err, LR_INVALID,
+                "question %lld and its answer would take %lld tokens, more than the %lld "
+                "that were planned for",
+                (long long)i + 1,
+                (long long)(input->fork->position + input->n_ids - session->n_tokens),
+                (long long)session->options.max_fork_tokens);
         for (int64_t j = 0; j < input->n_ids; j++)
             if (input->ids[j] < 0 || input->ids[j] >= vocab)
                 return lr_fail(err, LR_INVALID,
@@ -123,8 +130,8 @@ static int64_t choose_slices(const struct extension *extension, int64_t first, i
 }
 
 /* Logits of every row of a single fork's step, to the caller's sink. */
-static enum lr_status sink_rows(const struct extension *extension, const struct lr_step *step,
-                                struct lr_error *err)
+static enum lr_status
+sink_rows(const struct extension *extension, const struct lr_step *step, struct lr_error *err)
 {
     struct lr_session *session = extension->session;
     struct lr_engine *engine = session->engine;
@@ -140,8 +147,11 @@ static enum lr_status sink_rows(const struct extension *extension, const struct 
 }
 
 /* Runs slices [first, end) and moves the forks on. */
-static enum lr_status run_slices(const struct extension *extension, int64_t first, int64_t end,
-                                 const int64_t *slice_first, struct lr_error *err)
+static enum lr_status run_slices(const struct extension *extension,
+                                 int64_t first,
+                                 int64_t end,
+                                 const int64_t *slice_first,
+                                 struct lr_error *err)
 {
     struct lr_session *session = extension->session;
     const struct lr_model_dims *dims = &session->engine->model.dims;
@@ -153,14 +163,13 @@ static enum lr_status run_slices(const struct extension *extension, int64_t firs
     for (int64_t f = 0; f < n_forks; f++)
         forks[f] = extension->entries[f].input->fork;
     for (int64_t j = first; j < end; j++)
-        for (int64_t f = 0, row = slice_first[j - first]; row < slice_first[j - first + 1]; f++, row++) {
+        for (int64_t f = 0, row = slice_first[j - first]; row < slice_first[j - first + 1];
+             f++, row++) {
             positions[row] = forks[f]->position + (j - first);
             ids[row] = extension->entries[f].input->ids[j];
         }
-    struct lr_batch batch = {.forks = forks,
-                             .n_forks = n_forks,
-                             .n_slices = end - first,
-                             .slice_first = slice_first};
+    struct lr_batch batch = {
+        .forks = forks, .n_forks = n_forks, .n_slices = end - first, .slice_first = slice_first};
     struct lr_step step = {
         .session = session, .batch = &batch, .n_rows = n_rows, .positions = positions};
     LR_TRY(lr_step_begin(&step, ids, err));
@@ -169,15 +178,14 @@ static enum lr_status run_slices(const struct extension *extension, int64_t firs
         int64_t tokens = lr_batch_fork_tokens(&batch, f);
         forks[f]->position += tokens;
         if (first + tokens == extension->entries[f].input->n_ids)
-            memcpy(extension->last + f * dims->d,
-                   step.x + (slice_first[tokens - 1] + f) * dims->d,
+            memcpy(extension->last + f * dims->d, step.x + (slice_first[tokens - 1] + f) * dims->d,
                    (size_t)dims->d * sizeof(float));
     }
     return extension->sink ? sink_rows(extension, &step, err) : LR_OK;
 }
 
-static enum lr_status run_extension(const struct extension *extension, int64_t *slice_first,
-                                    struct lr_error *err)
+static enum lr_status
+run_extension(const struct extension *extension, int64_t *slice_first, struct lr_error *err)
 {
     int64_t most = extension->entries[0].input->n_ids;
     for (int64_t first = 0; first < most;) {
@@ -195,17 +203,21 @@ static void last_logits(const struct extension *extension, float *logits)
     struct lr_engine *engine = session->engine;
     const struct lr_model_dims *dims = &engine->model.dims;
     lr_arena_rewind(&session->workspace, 0);
-    float *x = LR_STEP_ARRAY(session, float, extension->n *dims->d);
-    float *normed = LR_STEP_ARRAY(session, float, extension->n *dims->d);
+    float *x = LR_STEP_ARRAY(session, float, extension->n * dims->d);
+    float *normed = LR_STEP_ARRAY(session, float, extension->n * dims->d);
     for (int64_t i = 0; i < extension->n; i++)
         memcpy(x + extension->entries[i].source * dims->d, extension->last + i * dims->d,
                (size_t)dims->d * sizeof(float));
     lr_step_logits(engine, x, extension->n, normed, logits);
 }
 
-enum lr_status lr_forks_extend(struct lr_session *session, const struct lr_fork_input *inputs,
-                               int64_t n_inputs, float *logits, lr_logits_sink *sink,
-                               void *sink_context, struct lr_error *err)
+enum lr_status lr_forks_extend(struct lr_session *session,
+                               const struct lr_fork_input *inputs,
+                               int64_t n_inputs,
+                               float *logits,
+                               lr_logits_sink *sink,
+                               void *sink_context,
+                               struct lr_error *err)
 {
     const struct lr_engine *engine = session->engine;
     if (n_inputs == 0)

@@ -27,7 +27,8 @@ static int is_eos(const struct lr_generation *generation, int32_t token)
     return 0;
 }
 
-/* Worker 0: takes the next token of a running question; returns it, or -1 when the answer ends with it. */
+/* Worker 0: takes the next token of a running question; returns it, or -1 when the answer ends with
+ * it. */
 static int32_t take_token(struct group *group, int64_t slot, int64_t first_question)
 {
     const struct lr_generation *generation = group->generation;
@@ -42,7 +43,8 @@ static int32_t take_token(struct group *group, int64_t slot, int64_t first_quest
         return -1;
     }
     answer->ids[answer->n_ids++] = token;
-    if (generation->stop && generation->stop(generation->stop_context, first_question + index, answer))
+    if (generation->stop &&
+        generation->stop(generation->stop_context, first_question + index, answer))
         answer->finished = 1;
     return answer->finished || answer->n_generated >= generation->max_new_tokens ? -1 : token;
 }
@@ -62,8 +64,9 @@ static enum lr_status decode(struct group *group, int64_t first_question, struct
                 continue;
             group->running[kept] = group->running[i];
             group->tokens[kept] = group->tokens[i];
-            group->inputs[kept] = (struct lr_fork_input){
-                .fork = group->forks[group->running[kept]], .ids = &group->tokens[kept], .n_ids = 1};
+            group->inputs[kept] = (struct lr_fork_input){.fork = group->forks[group->running[kept]],
+                                                         .ids = &group->tokens[kept],
+                                                         .n_ids = 1};
             kept++;
         }
         tokens_done += n_running;
@@ -88,7 +91,8 @@ static enum lr_status ask(struct group *group, int64_t first_question, struct lr
         group->answers[i].n_ids = group->answers[i].n_generated = 0;
         group->answers[i].finished = 0;
     }
-    LR_TRY(lr_forks_extend(group->session, group->inputs, group->n, group->logits, NULL, NULL, err));
+    LR_TRY(
+        lr_forks_extend(group->session, group->inputs, group->n, group->logits, NULL, NULL, err));
     return group->generation->max_new_tokens > 0 ? decode(group, first_question, err) : LR_OK;
 }
 
@@ -121,9 +125,12 @@ static enum lr_status ask_group(struct group *group, int64_t first_question, str
     return status;
 }
 
-enum lr_status lr_generate(struct lr_session *session, const struct lr_generation *generation,
-                           const struct lr_question *questions, int64_t n_questions,
-                           struct lr_answer *answers, struct lr_error *err)
+enum lr_status lr_generate(struct lr_session *session,
+                           const struct lr_generation *generation,
+                           const struct lr_question *questions,
+                           int64_t n_questions,
+                           struct lr_answer *answers,
+                           struct lr_error *err)
 {
     int64_t at_once = session->options.max_forks;
     if (at_once < 1)

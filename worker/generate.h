@@ -11,7 +11,8 @@ struct lr_question {
 };
 
 struct lr_answer {
-    int32_t *ids; /* [n_ids] generated tokens, without the one that ended it; owned by the caller, max_new_tokens long */
+    int32_t *ids; /* [n_ids] generated tokens, without the one that ended it; owned by the caller,
+                     max_new_tokens long */
     int64_t n_ids;
     int64_t n_generated; /* with the one that ended it */
     int finished;
@@ -22,7 +23,8 @@ struct lr_generation {
     int64_t max_new_tokens;
     const int32_t *eos;
     int n_eos;
-    /* Worker 0: whether the text so far of question `index` ends in a stop text; may cut answer->n_ids. NULL: never. */
+    /* Worker 0: whether the text so far of question `index` ends in a stop text; may cut
+     * answer->n_ids. NULL: never. */
     int (*stop)(void *context, int64_t index, struct lr_answer *answer);
     void *stop_context;
     /* Worker 0: told after every step; NULL: nobody. */
@@ -30,10 +32,13 @@ struct lr_generation {
     void *step_context;
 };
 
-/* Answers all questions, as many side by side as the session has forks. answers[i].ids is filled on worker 0 only;
- * n_ids and n_generated likewise. Collective. */
-LR_MUST_USE enum lr_status lr_generate(struct lr_session *session, const struct lr_generation *generation,
-                                       const struct lr_question *questions, int64_t n_questions,
-                                       struct lr_answer *answers, struct lr_error *err);
+/* Answers all questions, as many side by side as the session has forks. answers[i].ids is filled on
+ * worker 0 only; n_ids and n_generated likewise. Collective. */
+LR_MUST_USE enum lr_status lr_generate(struct lr_session *session,
+                                       const struct lr_generation *generation,
+                                       const struct lr_question *questions,
+                                       int64_t n_questions,
+                                       struct lr_answer *answers,
+                                       struct lr_error *err);
 
 #endif

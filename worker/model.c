@@ -26,17 +26,23 @@ int lr_expert_owner(int64_t n_experts, int64_t expert, int size)
     return owner;
 }
 
-static enum lr_status read_config(const char *dir, struct lr_qwen3_next_config *config,
-                                  struct lr_model_dims *dims, struct lr_error *err)
+static enum lr_status read_config(const char *dir,
+                                  struct lr_qwen3_next_config *config,
+                                  struct lr_model_dims *dims,
+                                  struct lr_error *err)
 {
     LR_TRY(lr_qwen3_next_config_load(dir, config, err));
     lr_qwen3_next_dims(config, dims);
     return LR_OK;
 }
 
-static enum lr_status measure(const struct lr_qwen3_next_config *config, const struct lr_model_dims *dims,
-                              struct lr_expert_range range, struct lr_checkpoint *checkpoint,
-                              const struct lr_kernel_ops *ops, size_t *bytes, struct lr_error *err)
+static enum lr_status measure(const struct lr_qwen3_next_config *config,
+                              const struct lr_model_dims *dims,
+                              struct lr_expert_range range,
+                              struct lr_checkpoint *checkpoint,
+                              const struct lr_kernel_ops *ops,
+                              size_t *bytes,
+                              struct lr_error *err)
 {
     struct lr_loader loader = {.checkpoint = checkpoint, .ops = ops};
     struct lr_model scratch = {0};
@@ -45,8 +51,13 @@ static enum lr_status measure(const struct lr_qwen3_next_config *config, const s
     return LR_OK;
 }
 
-enum lr_status lr_model_peek(const char *dir, const struct lr_kernel_ops *ops, int size, int replicated,
-                             struct lr_model_dims *dims, size_t *weight_bytes, struct lr_error *err)
+enum lr_status lr_model_peek(const char *dir,
+                             const struct lr_kernel_ops *ops,
+                             int size,
+                             int replicated,
+                             struct lr_model_dims *dims,
+                             size_t *weight_bytes,
+                             struct lr_error *err)
 {
     struct lr_qwen3_next_config config;
     struct lr_checkpoint *checkpoint;
@@ -61,8 +72,13 @@ enum lr_status lr_model_peek(const char *dir, const struct lr_kernel_ops *ops, i
     return status;
 }
 
-enum lr_status lr_model_load(const char *dir, const struct lr_kernel_ops *ops, int rank, int size,
-                             int replicated, struct lr_model *out, struct lr_error *err)
+enum lr_status lr_model_load(const char *dir,
+                             const struct lr_kernel_ops *ops,
+                             int rank,
+                             int size,
+                             int replicated,
+                             struct lr_model *out,
+                             struct lr_error *err)
 {
     struct lr_qwen3_next_config config;
     struct lr_model model = {0};

@@ -5,8 +5,9 @@
  *   lr_layer
  *     norm1 -> mixer (gated delta rule or attention) -> norm2 -> ffn (dense or mixture of experts)
  *
- * Everything is read-only after loading. Weights live in the model's arena, except the embedding table, which stays in
- * the mapped file. A family (worker/models/<family>.c) reads config.json and fills this struct. */
+ * Everything is read-only after loading. Weights live in the model's arena, except the embedding
+ * table, which stays in the mapped file. A family (worker/models/<family>.c) reads config.json and
+ * fills this struct. */
 #ifndef LR_WORKER_MODEL_H
 #define LR_WORKER_MODEL_H
 
@@ -16,7 +17,8 @@
 
 enum lr_mixer { LR_MIXER_GATED_DELTA, LR_MIXER_ATTENTION };
 
-/* in [conv_channels + n_v_heads*dv + 2*n_v_heads, d]: rows reordered to  all q | all k | all v | all z | all b | all a */
+/* in [conv_channels + n_v_heads*dv + 2*n_v_heads, d]: rows reordered to  all q | all k | all v |
+ * all z | all b | all a */
 struct lr_gated_delta_weights {
     struct lr_weight in;
     struct lr_weight out; /* [d, n_v_heads * dv] */
@@ -40,7 +42,8 @@ struct lr_mlp_weights {
     struct lr_weight gate, up, down;
 };
 
-/* Dense where n_experts = 0 (then `dense` is used), else experts [first_expert, first_expert + n_local) live here. */
+/* Dense where n_experts = 0 (then `dense` is used), else experts [first_expert, first_expert +
+ * n_local) live here. */
 struct lr_ffn_weights {
     int64_t n_experts;
     struct lr_mlp_weights dense;
@@ -54,7 +57,8 @@ struct lr_ffn_weights {
 
 struct lr_layer {
     enum lr_mixer mixer;
-    int64_t mixer_index; /* how many layers of the same mixer come before: the index of its state or KV */
+    int64_t mixer_index; /* how many layers of the same mixer come before: the index of its state or
+                            KV */
     float *norm1, *norm2; /* [d] */
     union {
         struct lr_gated_delta_weights delta;
@@ -69,7 +73,8 @@ struct lr_model_dims {
     int64_t n_heads, n_kv_heads, head_dim, rotary_dim;
     struct lr_delta_shape delta;
     int64_t conv_channels, conv_taps;
-    int64_t n_experts, top_k, expert_ffn, shared_ffn, dense_ffn; /* n_experts: 0 where no layer has experts */
+    int64_t n_experts, top_k, expert_ffn, shared_ffn,
+        dense_ffn; /* n_experts: 0 where no layer has experts */
     int renormalize;
     enum lr_activation activation;
     float norm_eps;
@@ -94,22 +99,32 @@ struct lr_model {
     struct lr_arena arena;
 };
 
-/* Which experts a worker holds: [first, first + count) of n_experts. Contiguous, as even as possible; with
- * `replicated` all of them. */
+/* Which experts a worker holds: [first, first + count) of n_experts. Contiguous, as even as
+ * possible; with `replicated` all of them. */
 struct lr_expert_range {
     int64_t first, count;
 };
 struct lr_expert_range lr_expert_range_of(int64_t n_experts, int rank, int size, int replicated);
 int lr_expert_owner(int64_t n_experts, int64_t expert, int size);
 
-/* Loads the checkpoint in `dir` with the experts of `rank`. The weights are packed once for `ops`. Errors name the file,
- * tensor or config field. Blocks. */
-LR_MUST_USE enum lr_status lr_model_load(const char *dir, const struct lr_kernel_ops *ops, int rank, int size,
-                                         int replicated, struct lr_model *out, struct lr_error *err);
+/* Loads the checkpoint in `dir` with the experts of `rank`. The weights are packed once for `ops`.
+ * Errors name the file, tensor or config field. Blocks. */
+LR_MUST_USE enum lr_status lr_model_load(const char *dir,
+                                         const struct lr_kernel_ops *ops,
+                                         int rank,
+                                         int size,
+                                         int replicated,
+                                         struct lr_model *out,
+                                         struct lr_error *err);
 
-/* Reads config.json only: dims, family, and the bytes that the packed weights of worker 0 of `size` would take. */
-LR_MUST_USE enum lr_status lr_model_peek(const char *dir, const struct lr_kernel_ops *ops, int size,
-                                         int replicated, struct lr_model_dims *dims, size_t *weight_bytes,
+/* Reads config.json only: dims, family, and the bytes that the packed weights of worker 0 of `size`
+ * would take. */
+LR_MUST_USE enum lr_status lr_model_peek(const char *dir,
+                                         const struct lr_kernel_ops *ops,
+                                         int size,
+                                         int replicated,
+                                         struct lr_model_dims *dims,
+                                         size_t *weight_bytes,
                                          struct lr_error *err);
 void lr_model_unload(struct lr_model *model);
 

@@ -1,5 +1,5 @@
-/* Memory is planned before the first token: every array of a session has its size here, and what does not fit is
- * refused with the numbers. */
+/* Memory is planned before the first token: every array of a session has its size here, and what
+ * does not fit is refused with the numbers. */
 #include "worker/plan.h"
 
 #include "worker/session_impl.h"
@@ -35,16 +35,18 @@ struct lr_kv_shape lr_plan_kv_shape(const struct lr_model_dims *dims, enum lr_dt
                                 .dtype = dtype};
 }
 
-size_t lr_plan_state_bytes(const struct lr_model_dims *dims, const struct lr_session_options *options,
-                           int n_workers, size_t block_bytes)
+size_t lr_plan_state_bytes(const struct lr_model_dims *dims,
+                           const struct lr_session_options *options,
+                           int n_workers,
+                           size_t block_bytes)
 {
     size_t wave = (size_t)options->segment_tokens * (size_t)n_workers;
     size_t bytes = wave * sizeof(int32_t);
     bytes += (size_t)dims->n_delta_layers * (lr_state_floats(dims) + lr_tail_floats(dims) + 32) *
              sizeof(float);
     bytes += (size_t)dims->n_attention_layers * (block_bytes + 64);
-    size_t summary = (size_t)(dims->n_kv_heads * dims->head_dim * dims->n_attention_layers) *
-                     sizeof(float);
+    size_t summary =
+        (size_t)(dims->n_kv_heads * dims->head_dim * dims->n_attention_layers) * sizeof(float);
     if (options->top_k_blocks > 0)
         bytes += summary * (size_t)ceil_div(options->max_tokens, BLOCK);
     if (options->decode_pages > 0)
@@ -52,7 +54,8 @@ size_t lr_plan_state_bytes(const struct lr_model_dims *dims, const struct lr_ses
     return bytes + 4096;
 }
 
-size_t lr_plan_fork_bytes(const struct lr_model_dims *dims, const struct lr_session_options *options,
+size_t lr_plan_fork_bytes(const struct lr_model_dims *dims,
+                          const struct lr_session_options *options,
                           size_t block_bytes)
 {
     size_t layers = (size_t)dims->n_delta_layers;
@@ -61,8 +64,10 @@ size_t lr_plan_fork_bytes(const struct lr_model_dims *dims, const struct lr_sess
     return (size_t)options->max_forks * (state + kv + sizeof(struct lr_fork) + 256);
 }
 
-size_t lr_plan_workspace_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops,
-                               int n_workers, int replicated,
+size_t lr_plan_workspace_bytes(const struct lr_model_dims *dims,
+                               const struct lr_kernel_ops *ops,
+                               int n_workers,
+                               int replicated,
                                const struct lr_session_options *options)
 {
     enum { LOGITS_ROWS = 128 };
@@ -89,7 +94,8 @@ size_t lr_plan_workspace_bytes(const struct lr_model_dims *dims, const struct lr
     document = a > document ? a : document;
     forks = b > forks ? b : forks;
     document = LOGITS_ROWS * logits > document ? LOGITS_ROWS * logits : document;
-    forks = (size_t)options->max_forks * logits > forks ? (size_t)options->max_forks * logits : forks;
+    forks =
+        (size_t)options->max_forks * logits > forks ? (size_t)options->max_forks * logits : forks;
     document += (size_t)clipped.segment_tokens * row;
     forks += (size_t)fork_rows * row + (size_t)options->max_forks * sizeof(void *);
     return (document > forks ? document : forks) + 65536;
@@ -123,9 +129,13 @@ size_t lr_plan_available_bytes(int workers_on_host)
     return bytes / (size_t)workers_on_host;
 }
 
-void lr_session_plan(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops,
-                     size_t weights_bytes, int n_workers, int replicated,
-                     const struct lr_session_options *options, struct lr_memory_plan *plan)
+void lr_session_plan(const struct lr_model_dims *dims,
+                     const struct lr_kernel_ops *ops,
+                     size_t weights_bytes,
+                     int n_workers,
+                     int replicated,
+                     const struct lr_session_options *options,
+                     struct lr_memory_plan *plan)
 {
     size_t block_bytes = ops->kv_block_bytes(lr_plan_kv_shape(dims, options->kv_dtype));
     *plan = (struct lr_memory_plan){.weights_bytes = weights_bytes};

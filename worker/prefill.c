@@ -15,8 +15,8 @@ enum lr_status lr_step_begin(struct lr_step *step, const int32_t *ids, struct lr
     int64_t n = step->n_rows, n_freq = dims->rotary_dim / 2;
     step->cos = LR_STEP_ARRAY(session, float, n *n_freq);
     step->sin = LR_STEP_ARRAY(session, float, n *n_freq);
-    step->x = LR_STEP_ARRAY(session, float, n *dims->d);
-    step->h = LR_STEP_ARRAY(session, float, n *dims->d);
+    step->x = LR_STEP_ARRAY(session, float, n * dims->d);
+    step->h = LR_STEP_ARRAY(session, float, n * dims->d);
     if (!step->h)
         return lr_fail(err, LR_INTERNAL, "workspace for %lld rows was not planned", (long long)n);
     if (dims->n_attention_layers > 0)
@@ -61,7 +61,8 @@ enum lr_status lr_step_layers(struct lr_step *step, struct lr_error *err)
     return LR_OK;
 }
 
-void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, float *normed, float *logits)
+void lr_step_logits(
+    struct lr_engine *engine, const float *x, int64_t n_rows, float *normed, float *logits)
 {
     const struct lr_model *model = &engine->model;
     struct lr_rmsnorm_args norm_args = {.x = x,
@@ -83,10 +84,12 @@ void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, fl
     engine->ops->gemm(&engine->exec, &head);
 }
 
-/* ---- logits of document positions --------------------------------------------------------------------------------- */
+/* ---- logits of document positions
+ * --------------------------------------------------------------------------------- */
 
 /* The i-th wanted position at or behind `from`; -1 when there is none before `end`. */
-static int64_t wanted_position(const struct lr_session *session, int64_t index, int64_t from, int64_t end)
+static int64_t
+wanted_position(const struct lr_session *session, int64_t index, int64_t from, int64_t end)
 {
     const struct lr_session_hooks *hooks = &session->hooks;
     int64_t position = hooks->positions
@@ -109,18 +112,22 @@ static int64_t next_batch(struct lr_session *session, int64_t start, int64_t end
     return n;
 }
 
-static enum lr_status send_logits(struct lr_step *step, int owner, const int64_t *rows, int64_t n,
-                                  int64_t start, struct lr_error *err)
+static enum lr_status send_logits(struct lr_step *step,
+                                  int owner,
+                                  const int64_t *rows,
+                                  int64_t n,
+                                  int64_t start,
+                                  struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
     struct lr_comm *comm = engine->comm;
     const struct lr_model_dims *dims = &engine->model.dims;
     size_t mark = session->workspace.used_bytes;
-    float *logits = LR_STEP_ARRAY(session, float, n *dims->vocab);
+    float *logits = LR_STEP_ARRAY(session, float, n * dims->vocab);
     if (comm->rank == owner) {
-        float *x = LR_STEP_ARRAY(session, float, n *dims->d);
-        float *normed = LR_STEP_ARRAY(session, float, n *dims->d);
+        float *x = LR_STEP_ARRAY(session, float, n * dims->d);
+        float *normed = LR_STEP_ARRAY(session, float, n * dims->d);
         engine->ops->gather_rows(&engine->exec, step->x, dims->d, rows, n, x);
         lr_step_logits(engine, x, n, normed, logits);
     }
@@ -150,15 +157,16 @@ static enum lr_status report_logits(struct lr_step *step, struct lr_error *err)
     return lr_agree(session->engine->comm, status, err);
 }
 
-enum lr_status lr_prefill_wave(struct lr_session *session, const struct lr_wave *wave,
-                               const int32_t *ids, struct lr_error *err)
+enum lr_status lr_prefill_wave(struct lr_session *session,
+                               const struct lr_wave *wave,
+                               const int32_t *ids,
+                               struct lr_error *err)
 {
     struct lr_engine *engine = session->engine;
     lr_arena_rewind(&session->workspace, 0);
     int64_t start = lr_wave_start(wave, engine->comm->rank);
-    struct lr_step step = {.session = session,
-                           .wave = wave,
-                           .n_rows = lr_wave_length(wave, engine->comm->rank)};
+    struct lr_step step = {
+        .session = session, .wave = wave, .n_rows = lr_wave_length(wave, engine->comm->rank)};
     int64_t *positions = LR_STEP_ARRAY(session, int64_t, step.n_rows);
     for (int64_t i = 0; i < step.n_rows; i++)
         positions[i] = start + i;

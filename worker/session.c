@@ -14,13 +14,16 @@ static int64_t ceil_div(int64_t a, int64_t b)
     return (a + b - 1) / b;
 }
 
-/* ---- opening ------------------------------------------------------------------------------------------------------ */
+/* ---- opening
+ * ------------------------------------------------------------------------------------------------------
+ */
 
 static enum lr_status check_options(const struct lr_session_options *o, struct lr_error *err)
 {
     if (o->segment_tokens < LR_MIN_SEGMENT_TOKENS || o->segment_tokens > LR_MAX_SEGMENT_TOKENS ||
         (o->segment_tokens & (o->segment_tokens - 1)) != 0)
-        return lr_fail(err, LR_INVALID, "segment of %lld tokens: it must be a power of two from %d to %d",
+        return lr_fail(err, LR_INVALID,
+                       "segment of %lld tokens: it must be a power of two from %d to %d",
                        (long long)o->segment_tokens, LR_MIN_SEGMENT_TOKENS, LR_MAX_SEGMENT_TOKENS);
     if (o->max_tokens < 1 || o->max_tokens > INT64_C(1) << 36)
         return lr_fail(err, LR_INVALID, "a document of %lld tokens: it must have 1 to 2^36",
@@ -39,7 +42,8 @@ static double gib(size_t bytes)
 }
 
 static enum lr_status check_memory(const struct lr_engine *engine,
-                                   const struct lr_session_options *options, struct lr_error *err)
+                                   const struct lr_session_options *options,
+                                   struct lr_error *err)
 {
     struct lr_memory_plan plan;
     lr_session_plan(&engine->model.dims, engine->ops, 0, engine->comm->size,
@@ -80,7 +84,8 @@ static void carve_forks(struct lr_session *session)
     struct lr_arena *arena = &session->memory;
     size_t layers = (size_t)dims->n_delta_layers;
     size_t blocks = (size_t)(dims->n_attention_layers * session->fork_blocks);
-    session->forks = lr_arena_alloc(arena, (size_t)session->options.max_forks, sizeof(struct lr_fork));
+    session->forks =
+        lr_arena_alloc(arena, (size_t)session->options.max_forks, sizeof(struct lr_fork));
     for (int64_t i = 0; session->forks && i < session->options.max_forks; i++) {
         struct lr_fork *fork = &session->forks[i];
         fork->session = session;
@@ -100,8 +105,8 @@ static void carve(struct lr_session *session)
     struct lr_arena *arena = &session->memory;
     size_t layers = (size_t)dims->n_delta_layers;
     size_t summary = (size_t)(dims->n_attention_layers * dims->n_kv_heads * dims->head_dim);
-    session->held = lr_arena_alloc(arena, (size_t)(o->segment_tokens * engine->comm->size),
-                                   sizeof(int32_t));
+    session->held =
+        lr_arena_alloc(arena, (size_t)(o->segment_tokens * engine->comm->size), sizeof(int32_t));
     session->states = lr_arena_alloc(arena, layers * lr_state_floats(dims), sizeof(float));
     session->tails = lr_arena_alloc(arena, layers * lr_tail_floats(dims), sizeof(float));
     session->edge_blocks =
@@ -118,8 +123,10 @@ static void carve(struct lr_session *session)
     carve_forks(session);
 }
 
-enum lr_status lr_session_open(struct lr_engine *engine, const struct lr_session_options *options,
-                               const struct lr_session_hooks *hooks, struct lr_session **out,
+enum lr_status lr_session_open(struct lr_engine *engine,
+                               const struct lr_session_options *options,
+                               const struct lr_session_hooks *hooks,
+                               struct lr_session **out,
                                struct lr_error *err)
 {
     LR_TRY(check_options(options, err));
@@ -136,8 +143,7 @@ enum lr_status lr_session_open(struct lr_engine *engine, const struct lr_session
         session->block_bytes = engine->ops->kv_block_bytes(session->kv_shape);
         session->local_blocks = lr_plan_local_blocks(options, engine->comm->size);
         session->fork_blocks = lr_plan_fork_blocks(options);
-        session->max_rows =
-            lr_fork_step_rows(&engine->model.dims, options, engine->comm->size);
+        session->max_rows = lr_fork_step_rows(&engine->model.dims, options, engine->comm->size);
         status = reserve(session, err);
     }
     if (status == LR_OK)
@@ -161,7 +167,9 @@ void lr_session_close(struct lr_session *session)
     free(session);
 }
 
-/* ---- the document ------------------------------------------------------------------------------------------------- */
+/* ---- the document
+ * -------------------------------------------------------------------------------------------------
+ */
 
 static int64_t wave_tokens(const struct lr_session *session)
 {
@@ -189,14 +197,17 @@ static enum lr_status run_wave(struct lr_session *session, struct lr_error *err)
     return LR_OK;
 }
 
-enum lr_status lr_session_append(struct lr_session *session, const int32_t *ids, int64_t n_ids,
+enum lr_status lr_session_append(struct lr_session *session,
+                                 const int32_t *ids,
+                                 int64_t n_ids,
                                  struct lr_error *err)
 {
     if (session->sealed)
         return lr_fail(err, LR_INVALID, "the document is sealed");
     int64_t before = session->n_tokens + session->n_held;
     if (n_ids > session->options.max_tokens - before)
-        return lr_fail(err, LR_INVALID, "a document of more than the %lld tokens that were planned for",
+        return lr_fail(err, LR_INVALID,
+                       "a document of more than the %lld tokens that were planned for",
                        (long long)session->options.max_tokens);
     int64_t vocab = session->engine->model.dims.vocab;
     for (int64_t i = 0; i < n_ids; i++)

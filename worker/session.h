@@ -1,13 +1,15 @@
-/* A session: one document's timeline, spread over the workers, and the forks that ask questions of it.
+/* A session: one document's timeline, spread over the workers, and the forks that ask questions of
+ * it.
  *
  *   tokens   0 ........................... n_tokens | fork 0: question, answer ...
  *            |seg 0|seg 1|seg 2|seg 3| ... |part|    | fork 1: ...
  *   worker     0     1     0     1              (P = 2: segment s belongs to worker s mod P)
  *
- * Document tokens are appended in any portions and processed in waves of one segment per worker; tokens that do not
- * fill a wave are held back until they do or the document is sealed, so the result never depends on the portions.
- * After sealing, recurrent states and convolution tails are everywhere, KV blocks stay with their owner, and forks
- * may be made. Forks share the document's KV and own their states and a tail of KV.
+ * Document tokens are appended in any portions and processed in waves of one segment per worker;
+ * tokens that do not fill a wave are held back until they do or the document is sealed, so the
+ * result never depends on the portions. After sealing, recurrent states and convolution tails are
+ * everywhere, KV blocks stay with their owner, and forks may be made. Forks share the document's KV
+ * and own their states and a tail of KV.
  *
  * State after a failure: the session is good for nothing but lr_session_close. */
 #ifndef LR_WORKER_SESSION_H
@@ -40,65 +42,84 @@ struct lr_memory_plan {
 };
 
 /* The exact sizes of what lr_session_open would take on the worker with the most (worker 0). */
-void lr_session_plan(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, size_t weights_bytes,
-                     int n_workers, int replicated, const struct lr_session_options *options,
+void lr_session_plan(const struct lr_model_dims *dims,
+                     const struct lr_kernel_ops *ops,
+                     size_t weights_bytes,
+                     int n_workers,
+                     int replicated,
+                     const struct lr_session_options *options,
                      struct lr_memory_plan *plan);
 
 struct lr_session;
 struct lr_fork;
 
-/* Told after each wave, on every worker. A non-zero return cancels: LR_CANCELLED everywhere must be agreed by the caller
- * (it is called at the same point on all workers). */
+/* Told after each wave, on every worker. A non-zero return cancels: LR_CANCELLED everywhere must be
+ * agreed by the caller (it is called at the same point on all workers). */
 struct lr_wave_report {
     int64_t tokens_done, tokens_total; /* total: max_tokens of the options */
     int64_t waves_done, waves_total;
 };
 
-/* Called on worker 0 with the logits [vocab] of a document or fork position, ascending positions. */
-typedef enum lr_status lr_logits_sink(void *context, int64_t position, const float *logits, struct lr_error *err);
+/* Called on worker 0 with the logits [vocab] of a document or fork position, ascending positions.
+ */
+typedef enum lr_status
+lr_logits_sink(void *context, int64_t position, const float *logits, struct lr_error *err);
 
 struct lr_session_hooks {
     void (*on_wave)(void *context, const struct lr_wave_report *report);
     void *wave_context;
     lr_logits_sink *on_logits; /* NULL: no logits of the document are computed */
     void *logits_context;
-    const int64_t *positions; /* [n_positions] ascending, whose logits are wanted; NULL: all of them */
+    const int64_t
+        *positions; /* [n_positions] ascending, whose logits are wanted; NULL: all of them */
     int64_t n_positions;
 };
 
 /* Plans the memory, refuses with LR_NO_MEMORY and the numbers what does not fit, and allocates. */
-LR_MUST_USE enum lr_status lr_session_open(struct lr_engine *engine, const struct lr_session_options *options,
-                                           const struct lr_session_hooks *hooks, struct lr_session **out,
+LR_MUST_USE enum lr_status lr_session_open(struct lr_engine *engine,
+                                           const struct lr_session_options *options,
+                                           const struct lr_session_hooks *hooks,
+                                           struct lr_session **out,
                                            struct lr_error *err);
 void lr_session_close(struct lr_session *session);
 
 /* Adds document tokens. Ids must be in the vocabulary. */
-LR_MUST_USE enum lr_status lr_session_append(struct lr_session *session, const int32_t *ids, int64_t n_ids,
+LR_MUST_USE enum lr_status lr_session_append(struct lr_session *session,
+                                             const int32_t *ids,
+                                             int64_t n_ids,
                                              struct lr_error *err);
 /* Ends the document: processes what was held back. */
 LR_MUST_USE enum lr_status lr_session_seal(struct lr_session *session, struct lr_error *err);
 int64_t lr_session_tokens(const struct lr_session *session);
 
-/* Share of the causal (query, key) pairs that the document's attention layers have looked at; 1 for full. Collective. */
-LR_MUST_USE enum lr_status lr_session_density(struct lr_session *session, double *density, struct lr_error *err);
+/* Share of the causal (query, key) pairs that the document's attention layers have looked at; 1 for
+ * full. Collective. */
+LR_MUST_USE enum lr_status
+lr_session_density(struct lr_session *session, double *density, struct lr_error *err);
 
 /* A fork that stands at the end of the sealed document. LR_FULL when max_forks are alive. */
-LR_MUST_USE enum lr_status lr_session_fork(struct lr_session *session, struct lr_fork **out, struct lr_error *err);
+LR_MUST_USE enum lr_status
+lr_session_fork(struct lr_session *session, struct lr_fork **out, struct lr_error *err);
 /* Puts a fork back to the end of the document. */
 void lr_fork_rewind(struct lr_fork *fork);
 void lr_fork_release(struct lr_fork *fork);
 int64_t lr_fork_position(const struct lr_fork *fork);
 
-/* Tokens for several forks at once. The logits after each fork's last token go to `logits` [n_forks, vocab] on worker 0
- * (NULL to skip them). With `sink`, worker 0 gets the logits of every token instead (only with one fork).
- * The bits of a fork do not depend on the other forks, nor on how its tokens are divided over calls. */
+/* Tokens for several forks at once. The logits after each fork's last token go to `logits`
+ * [n_forks, vocab] on worker 0 (NULL to skip them). With `sink`, worker 0 gets the logits of every
+ * token instead (only with one fork). The bits of a fork do not depend on the other forks, nor on
+ * how its tokens are divided over calls. */
 struct lr_fork_input {
     struct lr_fork *fork;
     const int32_t *ids;
     int64_t n_ids;
 };
-LR_MUST_USE enum lr_status lr_forks_extend(struct lr_session *session, const struct lr_fork_input *inputs,
-                                           int64_t n_inputs, float *logits, lr_logits_sink *sink,
-                                           void *sink_context, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_forks_extend(struct lr_session *session,
+                                           const struct lr_fork_input *inputs,
+                                           int64_t n_inputs,
+                                           float *logits,
+                                           lr_logits_sink *sink,
+                                           void *sink_context,
+                                           struct lr_error *err);
 
 #endif

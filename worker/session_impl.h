@@ -7,10 +7,10 @@
 /* One wave: worker r has tokens [first + r * segment, + length(r)). */
 struct lr_wave {
     int64_t index;
-    int64_t first;    /* absolute position of worker 0's segment */
-    int64_t end;      /* absolute end of the wave's tokens */
-    int64_t segment;  /* tokens of a full segment */
-    int n_active;     /* workers that have tokens: 0 .. n_active-1 */
+    int64_t first;   /* absolute position of worker 0's segment */
+    int64_t end;     /* absolute end of the wave's tokens */
+    int64_t segment; /* tokens of a full segment */
+    int n_active;    /* workers that have tokens: 0 .. n_active-1 */
 };
 
 static inline int64_t lr_wave_start(const struct lr_wave *wave, int rank)
@@ -27,8 +27,8 @@ static inline int64_t lr_wave_length(const struct lr_wave *wave, int rank)
 /* Rows that go through the layers together: a segment of the document, or tokens of forks. */
 struct lr_step {
     struct lr_session *session;
-    const struct lr_wave *wave;    /* document; NULL for forks */
-    const struct lr_batch *batch;  /* forks; NULL for a document */
+    const struct lr_wave *wave;   /* document; NULL for forks */
+    const struct lr_batch *batch; /* forks; NULL for a document */
     int64_t n_rows;
     const int64_t *positions; /* [n_rows] absolute */
     float *cos, *sin;         /* [n_rows, rotary_dim / 2] */
@@ -36,8 +36,8 @@ struct lr_step {
     float *h;                 /* [n_rows, d] the normed input of a mixer or ffn */
 };
 
-/* Tokens of several forks, time-major: slice j holds token j of every fork that has one. Forks are sorted by falling
- * number of tokens, so the forks of a slice are the first slice_rows(j) of them.
+/* Tokens of several forks, time-major: slice j holds token j of every fork that has one. Forks are
+ * sorted by falling number of tokens, so the forks of a slice are the first slice_rows(j) of them.
  *
  *   row:   f0t0 f1t0 f2t0 | f0t1 f1t1 | f0t2 ...            slice_first = {0, 3, 5, ...} */
 struct lr_batch {
@@ -63,12 +63,12 @@ static inline int64_t lr_batch_fork_tokens(const struct lr_batch *batch, int64_t
 
 struct lr_fork {
     struct lr_session *session;
-    int index;         /* slot; its KV tail lives on worker index mod size */
+    int index; /* slot; its KV tail lives on worker index mod size */
     int in_use;
-    int64_t position;  /* of the next token */
-    float *states;     /* [n_delta_layers][n_v_heads, dk, dv] */
-    float *tails;      /* [n_delta_layers][taps - 1, conv_channels] */
-    char *kv;          /* [n_attention_layers][fork_blocks] blocks; NULL on other workers */
+    int64_t position; /* of the next token */
+    float *states;    /* [n_delta_layers][n_v_heads, dk, dv] */
+    float *tails;     /* [n_delta_layers][taps - 1, conv_channels] */
+    char *kv;         /* [n_attention_layers][fork_blocks] blocks; NULL on other workers */
 };
 
 struct lr_session {
@@ -79,8 +79,8 @@ struct lr_session {
     size_t block_bytes;
     int sealed;
 
-    int64_t n_tokens;  /* processed */
-    int32_t *held;     /* tokens waiting for a full wave */
+    int64_t n_tokens; /* processed */
+    int32_t *held;    /* tokens waiting for a full wave */
     int64_t n_held;
     int64_t next_logit; /* index into hooks.positions */
 
@@ -90,10 +90,13 @@ struct lr_session {
 
     float *states; /* [n_delta_layers] states: before sealing valid on worker 0, then everywhere */
     float *tails;  /* [n_delta_layers] convolution tails, everywhere */
-    int64_t local_blocks;  /* per attention layer, on this worker */
-    char *edge_blocks;     /* [n_attention_layers] copies of the document's last, unfinished block; after sealing */
-    float *block_means;    /* [n_attention_layers][n_blocks, n_kv_heads, head_dim]; NULL without top_k_blocks */
-    float *page_min, *page_max; /* [n_attention_layers][local_blocks, n_kv_heads, head_dim]; NULL without decode_pages */
+    int64_t local_blocks; /* per attention layer, on this worker */
+    char *edge_blocks;    /* [n_attention_layers] copies of the document's last, unfinished block;
+                             after sealing */
+    float *block_means;   /* [n_attention_layers][n_blocks, n_kv_heads, head_dim]; NULL without
+                             top_k_blocks */
+    float *page_min, *page_max; /* [n_attention_layers][local_blocks, n_kv_heads, head_dim]; NULL
+                                   without decode_pages */
 
     struct lr_fork *forks; /* [max_forks] */
     int64_t fork_blocks;   /* KV blocks of one fork's tail, per layer */
@@ -102,7 +105,9 @@ struct lr_session {
     int64_t pairs_seen, pairs_causal; /* of this worker's queries, for the density */
 };
 
-/* ---- memory ------------------------------------------------------------------------------------------------------- */
+/* ---- memory
+ * -------------------------------------------------------------------------------------------------------
+ */
 
 static inline size_t lr_state_floats(const struct lr_model_dims *dims)
 {
@@ -145,50 +150,72 @@ static inline int64_t lr_max_i64(int64_t a, int64_t b)
 #define LR_STEP_ARRAY(session, type, count)                                                        \
     ((type *)lr_arena_alloc(&(session)->workspace, (size_t)(count), sizeof(type)))
 
-/* ---- layers ------------------------------------------------------------------------------------------------------- */
+/* ---- layers
+ * -------------------------------------------------------------------------------------------------------
+ */
 
-/* What a kind of mixer brings. One file per kind in worker/layers, one line in worker/layers/registry.c. A call reads
- * step->h (normed), adds its output to step->x, and updates the session (prefill) or the forks (extend). Collective. */
+/* What a kind of mixer brings. One file per kind in worker/layers, one line in
+ * worker/layers/registry.c. A call reads step->h (normed), adds its output to step->x, and updates
+ * the session (prefill) or the forks (extend). Collective. */
 struct lr_layer_ops {
     const char *name;
-    /* Bytes of workspace that prefill takes for a segment of n_rows, and extend for n_rows of forks. */
-    size_t (*prefill_bytes)(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int n_workers,
+    /* Bytes of workspace that prefill takes for a segment of n_rows, and extend for n_rows of
+     * forks. */
+    size_t (*prefill_bytes)(const struct lr_model_dims *dims,
+                            const struct lr_kernel_ops *ops,
+                            int n_workers,
                             const struct lr_session_options *options);
-    size_t (*extend_bytes)(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int n_workers,
-                           const struct lr_session_options *options, int64_t n_rows);
-    enum lr_status (*prefill)(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
-    enum lr_status (*extend)(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
+    size_t (*extend_bytes)(const struct lr_model_dims *dims,
+                           const struct lr_kernel_ops *ops,
+                           int n_workers,
+                           const struct lr_session_options *options,
+                           int64_t n_rows);
+    enum lr_status (*prefill)(struct lr_step *step,
+                              const struct lr_layer *layer,
+                              struct lr_error *err);
+    enum lr_status (*extend)(struct lr_step *step,
+                             const struct lr_layer *layer,
+                             struct lr_error *err);
 };
 
 extern const struct lr_layer_ops lr_gated_delta_layer, lr_attention_layer;
 const struct lr_layer_ops *lr_layer_ops_of(enum lr_mixer mixer);
 
 /* The feed-forward half of a block: dense or mixture of experts. */
-size_t lr_ffn_bytes(const struct lr_model_dims *dims, int n_workers, int replicated, int64_t n_rows);
-LR_MUST_USE enum lr_status lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer,
-                                          struct lr_error *err);
-LR_MUST_USE enum lr_status lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer,
-                                         struct lr_error *err);
+size_t
+lr_ffn_bytes(const struct lr_model_dims *dims, int n_workers, int replicated, int64_t n_rows);
+LR_MUST_USE enum lr_status
+lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
+LR_MUST_USE enum lr_status
+lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
 
-/* Partials of one fork step's attention: the document's segments on the fullest worker, and one tail. */
+/* Partials of one fork step's attention: the document's segments on the fullest worker, and one
+ * tail. */
 int64_t lr_fork_partials(const struct lr_session_options *options, int n_workers);
 /* Rows that one fork step may have, so that its partials stay within bounds. */
-int64_t lr_fork_step_rows(const struct lr_model_dims *dims, const struct lr_session_options *options,
+int64_t lr_fork_step_rows(const struct lr_model_dims *dims,
+                          const struct lr_session_options *options,
                           int n_workers);
 
-/* ---- steps -------------------------------------------------------------------------------------------------------- */
+/* ---- steps
+ * --------------------------------------------------------------------------------------------------------
+ */
 
 /* Processes the wave whose tokens are ids [wave tokens] (all workers have all of them). */
-LR_MUST_USE enum lr_status lr_prefill_wave(struct lr_session *session, const struct lr_wave *wave,
-                                           const int32_t *ids, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_prefill_wave(struct lr_session *session,
+                                           const struct lr_wave *wave,
+                                           const int32_t *ids,
+                                           struct lr_error *err);
 
 /* Runs step->x through all layers. */
 LR_MUST_USE enum lr_status lr_step_layers(struct lr_step *step, struct lr_error *err);
 
 /* positions, rotary tables, x = embed(ids), h. From the workspace. */
-LR_MUST_USE enum lr_status lr_step_begin(struct lr_step *step, const int32_t *ids, struct lr_error *err);
+LR_MUST_USE enum lr_status
+lr_step_begin(struct lr_step *step, const int32_t *ids, struct lr_error *err);
 
 /* logits [n_rows, vocab] = head(norm(x)). `normed` is scratch [n_rows, d]. Local. */
-void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, float *normed, float *logits);
+void lr_step_logits(
+    struct lr_engine *engine, const float *x, int64_t n_rows, float *normed, float *logits);
 
 #endif

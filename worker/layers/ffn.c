@@ -1,10 +1,12 @@
-/* The feed-forward half of a block: a dense SwiGLU, or a mixture of experts with a gated shared expert.
+/* The feed-forward half of a block: a dense SwiGLU, or a mixture of experts with a gated shared
+ * expert.
  *
- * Experts may be divided over the workers. For a document, every worker routes the tokens of its segment: they travel
- * to the experts' owners, sorted by expert, and every expert's result comes home, where the token's owner sums them in
- * ascending expert id (an owner of several experts never adds them up: the sum would depend on the number of workers).
- * The shared expert is computed while tokens travel. For forks the rows are everywhere: each worker computes its own
- * experts' rows and the results are gathered. */
+ * Experts may be divided over the workers. For a document, every worker routes the tokens of its
+ * segment: they travel to the experts' owners, sorted by expert, and every expert's result comes
+ * home, where the token's owner sums them in ascending expert id (an owner of several experts never
+ * adds them up: the sum would depend on the number of workers). The shared expert is computed while
+ * tokens travel. For forks the rows are everywhere: each worker computes its own experts' rows and
+ * the results are gathered. */
 #include "worker/session_impl.h"
 
 #include <string.h>
@@ -33,8 +35,12 @@ static int64_t round_rows(const struct lr_model_dims *dims, int n_workers, int64
     return lr_min_i64(n_rows, lr_max_i64(rows, 64));
 }
 
-static void run_mlp(const struct lr_step *step, const struct lr_mlp_weights *w, const float *x,
-                    int64_t n_rows, float *y, float *hidden)
+static void run_mlp(const struct lr_step *step,
+                    const struct lr_mlp_weights *w,
+                    const float *x,
+                    int64_t n_rows,
+                    float *y,
+                    float *hidden)
 {
     const struct lr_engine *engine = step->session->engine;
     int64_t offsets[2] = {0, n_rows};
@@ -57,27 +63,28 @@ static enum lr_status dense(struct lr_step *step, const struct lr_layer *layer)
     const struct lr_model_dims *dims = &engine->model.dims;
     const struct lr_mlp_weights *w = &layer->ffn.dense;
     int64_t n = step->n_rows;
-    float *hidden = LR_STEP_ARRAY(session, float, n *w->gate.n);
-    float *y = LR_STEP_ARRAY(session, float, n *dims->d);
+    float *hidden = LR_STEP_ARRAY(session, float, n * w->gate.n);
+    float *y = LR_STEP_ARRAY(session, float, n * dims->d);
     run_mlp(step, w, step->h, n, y, hidden);
     struct lr_moe_combine_args add = {.x = step->x, .n_rows = n, .d = dims->d, .shared = y};
     engine->ops->moe_combine(&engine->exec, &add);
     return LR_OK;
 }
 
-/* Router, then a counting sort of the (token, choice) pairs by expert; within an expert, tokens ascend. */
-static struct routing route(struct lr_step *step, const struct lr_layer *layer, const float *h,
-                            int64_t n)
+/* Router, then a counting sort of the (token, choice) pairs by expert; within an expert, tokens
+ * ascend. */
+static struct routing
+route(struct lr_step *step, const struct lr_layer *layer, const float *h, int64_t n)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
     const struct lr_model_dims *dims = &engine->model.dims;
     int64_t experts = dims->n_experts, k = dims->top_k;
-    struct routing routing = {.ids = LR_STEP_ARRAY(session, int32_t, n *k),
+    struct routing routing = {.ids = LR_STEP_ARRAY(session, int32_t, n * k),
                               .weights = LR_STEP_ARRAY(session, float, n *k),
                               .counts = LR_STEP_ARRAY(session, int64_t, experts),
-                              .order = LR_STEP_ARRAY(session, int64_t, n *k),
-                              .row_of = LR_STEP_ARRAY(session, int64_t, n *k)};
+                              .order = LR_STEP_ARRAY(session, int64_t, n * k),
+                              .row_of = LR_STEP_ARRAY(session, int64_t, n * k)};
     float *logits = LR_STEP_ARRAY(session, float, n *experts);
     int64_t *next = LR_STEP_ARRAY(session, int64_t, experts);
     struct lr_gemm_args gemm = {.a = h,
@@ -112,8 +119,12 @@ static struct routing route(struct lr_step *step, const struct lr_layer *layer, 
 }
 
 /* This worker's experts over rows sorted by expert; counts[e] rows of local expert e. */
-static void run_experts(struct lr_step *step, const struct lr_layer *layer, const float *x,
-                        const int64_t *counts, int64_t n_local, float *y)
+static void run_experts(struct lr_step *step,
+                        const struct lr_layer *layer,
+                        const float *x,
+                        const int64_t *counts,
+                        int64_t n_local,
+                        float *y)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
@@ -122,8 +133,7 @@ static void run_experts(struct lr_step *step, const struct lr_layer *layer, cons
     for (int64_t e = 0; e < n_local; e++)
         offsets[e + 1] = offsets[e] + counts[e];
     engine->local_expert_rows += offsets[n_local];
-    float *hidden =
-        LR_STEP_ARRAY(session, float, offsets[n_local] * engine->model.dims.expert_ffn);
+    float *hidden = LR_STEP_ARRAY(session, float, offsets[n_local] * engine->model.dims.expert_ffn);
     struct lr_experts_args args = {.x = x,
                                    .y = y,
                                    .hidden = hidden,
@@ -141,8 +151,8 @@ struct shared_result {
     float *y, *gate; /* [n, d], [n]; NULL where the model has no shared expert */
 };
 
-static struct shared_result run_shared(struct lr_step *step, const struct lr_layer *layer,
-                                       const float *h, int64_t n)
+static struct shared_result
+run_shared(struct lr_step *step, const struct lr_layer *layer, const float *h, int64_t n)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -150,9 +160,9 @@ static struct shared_result run_shared(struct lr_step *step, const struct lr_lay
     struct shared_result result = {0};
     if (layer->ffn.shared.gate.n == 0)
         return result;
-    result.y = LR_STEP_ARRAY(session, float, n *dims->d);
+    result.y = LR_STEP_ARRAY(session, float, n * dims->d);
     result.gate = LR_STEP_ARRAY(session, float, n);
-    float *hidden = LR_STEP_ARRAY(session, float, n *dims->shared_ffn);
+    float *hidden = LR_STEP_ARRAY(session, float, n * dims->shared_ffn);
     run_mlp(step, &layer->ffn.shared, h, n, result.y, hidden);
     struct lr_gemm_args gate = {.a = h,
                                 .a_stride = dims->d,
@@ -164,8 +174,11 @@ static struct shared_result run_shared(struct lr_step *step, const struct lr_lay
     return result;
 }
 
-static void combine(const struct lr_step *step, int64_t first_row, int64_t n,
-                    const struct routing *routing, const float *y,
+static void combine(const struct lr_step *step,
+                    int64_t first_row,
+                    int64_t n,
+                    const struct routing *routing,
+                    const float *y,
                     const struct shared_result *shared)
 {
     const struct lr_engine *engine = step->session->engine;
@@ -192,8 +205,8 @@ static enum lr_status local_experts(struct lr_step *step, const struct lr_layer 
     if (n == 0)
         return LR_OK;
     struct routing routing = route(step, layer, step->h, n);
-    float *x = LR_STEP_ARRAY(session, float, rows *dims->d);
-    float *y = LR_STEP_ARRAY(session, float, rows *dims->d);
+    float *x = LR_STEP_ARRAY(session, float, rows * dims->d);
+    float *y = LR_STEP_ARRAY(session, float, rows * dims->d);
     engine->ops->gather_rows(&engine->exec, step->h, dims->d, routing.order, rows, x);
     run_experts(step, layer, x, routing.counts, dims->n_experts, y);
     struct shared_result shared = run_shared(step, layer, step->h, n);
@@ -201,10 +214,13 @@ static enum lr_status local_experts(struct lr_step *step, const struct lr_layer 
     return LR_OK;
 }
 
-/* ---- experts on other workers ------------------------------------------------------------------------------------- */
+/* ---- experts on other workers
+ * ------------------------------------------------------------------------------------- */
 
 /* counts[source][local expert]: rows that each worker sends to each of my experts. */
-static enum lr_status exchange_counts(struct lr_step *step, const int64_t *counts, int64_t *received,
+static enum lr_status exchange_counts(struct lr_step *step,
+                                      const int64_t *counts,
+                                      int64_t *received,
                                       struct lr_error *err)
 {
     struct lr_session *session = step->session;
@@ -220,10 +236,14 @@ static enum lr_status exchange_counts(struct lr_step *step, const int64_t *count
     return lr_comm_all_to_all_v(comm, "expert counts", counts, send, received, receive, err);
 }
 
-/* Received rows stand by (source, expert); permutation[i] is the received row that is i-th by (expert, source).
- * totals[e] = rows of local expert e. */
-static void sort_by_expert(const int64_t *received, int n_sources, int64_t n_local,
-                           int64_t *permutation, int64_t *totals, int64_t *first_of)
+/* Received rows stand by (source, expert); permutation[i] is the received row that is i-th by
+ * (expert, source). totals[e] = rows of local expert e. */
+static void sort_by_expert(const int64_t *received,
+                           int n_sources,
+                           int64_t n_local,
+                           int64_t *permutation,
+                           int64_t *totals,
+                           int64_t *first_of)
 {
     int64_t first = 0;
     for (int r = 0; r < n_sources; r++)
@@ -243,8 +263,11 @@ static void sort_by_expert(const int64_t *received, int n_sources, int64_t n_loc
     }
 }
 
-static enum lr_status dispatch_round(struct lr_step *step, const struct lr_layer *layer,
-                                     int64_t first_row, int64_t n, struct lr_error *err)
+static enum lr_status dispatch_round(struct lr_step *step,
+                                     const struct lr_layer *layer,
+                                     int64_t first_row,
+                                     int64_t n,
+                                     struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
@@ -256,7 +279,7 @@ static enum lr_status dispatch_round(struct lr_step *step, const struct lr_layer
     int64_t n_local = lr_expert_range_of(dims->n_experts, comm->rank, comm->size, 0).count;
 
     struct routing routing = route(step, layer, h, n);
-    int64_t *received = LR_STEP_ARRAY(session, int64_t, comm->size *lr_max_i64(n_local, 1));
+    int64_t *received = LR_STEP_ARRAY(session, int64_t, comm->size * lr_max_i64(n_local, 1));
     LR_TRY(exchange_counts(step, routing.counts, received, err));
     size_t *send = LR_STEP_ARRAY(session, size_t, comm->size);
     size_t *receive = LR_STEP_ARRAY(session, size_t, comm->size);
@@ -283,7 +306,7 @@ static enum lr_status dispatch_round(struct lr_step *step, const struct lr_layer
     int64_t *permutation = LR_STEP_ARRAY(session, int64_t, n_received);
     int64_t *inverse = LR_STEP_ARRAY(session, int64_t, n_received);
     int64_t *totals = LR_STEP_ARRAY(session, int64_t, n_local);
-    int64_t *first_of = LR_STEP_ARRAY(session, int64_t, comm->size *lr_max_i64(n_local, 1));
+    int64_t *first_of = LR_STEP_ARRAY(session, int64_t, comm->size * lr_max_i64(n_local, 1));
     sort_by_expert(received, comm->size, n_local, permutation, totals, first_of);
     for (int64_t i = 0; i < n_received; i++)
         inverse[permutation[i]] = i;
@@ -292,13 +315,14 @@ static enum lr_status dispatch_round(struct lr_step *step, const struct lr_layer
     engine->ops->gather_rows(&engine->exec, incoming, d, permutation, n_received, x);
     run_experts(step, layer, x, totals, n_local, y);
     engine->ops->gather_rows(&engine->exec, y, d, inverse, n_received, incoming);
-    LR_TRY(lr_comm_all_to_all_v(comm, "results of experts", incoming, receive, outgoing, send, err));
+    LR_TRY(
+        lr_comm_all_to_all_v(comm, "results of experts", incoming, receive, outgoing, send, err));
     combine(step, first_row, n, &routing, outgoing, &shared);
     return LR_OK;
 }
 
-enum lr_status lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer,
-                              struct lr_error *err)
+enum lr_status
+lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
@@ -313,14 +337,15 @@ enum lr_status lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer
     for (int64_t first = 0; first < most; first += per_round) {
         size_t mark = session->workspace.used_bytes;
         int64_t begin = lr_min_i64(first, step->n_rows);
-        LR_TRY(dispatch_round(step, layer, begin, lr_min_i64(per_round, step->n_rows - begin), err));
+        LR_TRY(
+            dispatch_round(step, layer, begin, lr_min_i64(per_round, step->n_rows - begin), err));
         lr_arena_rewind(&session->workspace, mark);
     }
     return LR_OK;
 }
 
-enum lr_status lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer,
-                             struct lr_error *err)
+enum lr_status
+lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;

@@ -1,11 +1,13 @@
 /* Gated DeltaNet mixer, sequence-parallel by a scan over workers.
  *
- *   h -> in (q k v z b a) -> conv + act on q k v -> l2norm q, k -> gated delta rule -> norm gated by z -> out -> += x
+ *   h -> in (q k v z b a) -> conv + act on q k v -> l2norm q, k -> gated delta rule -> norm gated
+ * by z -> out -> += x
  *
- * A segment is an affine map of the state that enters it: S_out = M S_in + B. Every worker makes (M, B) of its segment
- * from a zero state, also when it is alone, so that the bits do not depend on the number of workers; S then travels from
- * worker to worker, M stays. The convolution needs the last taps-1 inputs of the segment before: those tails are
- * gathered by everyone, which also keeps the session's tail everywhere. Yang et al. 2024 (Gated Delta Networks). */
+ * A segment is an affine map of the state that enters it: S_out = M S_in + B. Every worker makes
+ * (M, B) of its segment from a zero state, also when it is alone, so that the bits do not depend on
+ * the number of workers; S then travels from worker to worker, M stays. The convolution needs the
+ * last taps-1 inputs of the segment before: those tails are gathered by everyone, which also keeps
+ * the session's tail everywhere. Yang et al. 2024 (Gated Delta Networks). */
 #include "worker/session_impl.h"
 
 #include <math.h>
@@ -36,8 +38,10 @@ static size_t row_floats(const struct lr_model_dims *dims)
                     s->n_v_heads * s->dv);
 }
 
-static size_t prefill_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops,
-                            int n_workers, const struct lr_session_options *options)
+static size_t prefill_bytes(const struct lr_model_dims *dims,
+                            const struct lr_kernel_ops *ops,
+                            int n_workers,
+                            const struct lr_session_options *options)
 {
     const struct lr_delta_shape *s = &dims->delta;
     size_t rows = (size_t)options->segment_tokens;
@@ -48,8 +52,11 @@ static size_t prefill_bytes(const struct lr_model_dims *dims, const struct lr_ke
     return floats * sizeof(float) + (size_t)n_workers * 64 + 4096;
 }
 
-static size_t extend_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops,
-                           int n_workers, const struct lr_session_options *options, int64_t n_rows)
+static size_t extend_bytes(const struct lr_model_dims *dims,
+                           const struct lr_kernel_ops *ops,
+                           int n_workers,
+                           const struct lr_session_options *options,
+                           int64_t n_rows)
 {
     (void)ops, (void)n_workers, (void)options;
     size_t rows = (size_t)n_rows;
@@ -57,10 +64,11 @@ static size_t extend_bytes(const struct lr_model_dims *dims, const struct lr_ker
     return (rows * row_floats(dims) + window) * sizeof(float) + rows * sizeof(float *) + 4096;
 }
 
-/* The convolution inputs just before each worker's segment. `tails` holds [n_workers][taps-1][channels]: the last rows
- * of every worker's segment, gathered; all but the last active segment are longer than a tail. */
-static enum lr_status gather_tails(struct lr_step *step, const float *in, int64_t in_stride,
-                                   float *tails, struct lr_error *err)
+/* The convolution inputs just before each worker's segment. `tails` holds
+ * [n_workers][taps-1][channels]: the last rows of every worker's segment, gathered; all but the
+ * last active segment are longer than a tail. */
+static enum lr_status gather_tails(
+    struct lr_step *step, const float *in, int64_t in_stride, float *tails, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_model_dims *dims = &session->engine->model.dims;
@@ -69,8 +77,8 @@ static enum lr_status gather_tails(struct lr_step *step, const float *in, int64_
     size_t *sizes = LR_STEP_ARRAY(session, size_t, comm->size);
     float *mine = LR_STEP_ARRAY(session, float, taps *channels);
     for (int r = 0; r < comm->size; r++)
-        sizes[r] = (size_t)(lr_min_i64(lr_wave_length(step->wave, r), taps) * channels) *
-                   sizeof(float);
+        sizes[r] =
+            (size_t)(lr_min_i64(lr_wave_length(step->wave, r), taps) * channels) * sizeof(float);
     int64_t rows = lr_min_i64(step->n_rows, taps);
     for (int64_t i = 0; i < rows; i++)
         memcpy(mine + i * channels, in + (step->n_rows - rows + i) * in_stride,
@@ -78,7 +86,8 @@ static enum lr_status gather_tails(struct lr_step *step, const float *in, int64_
     return lr_comm_all_gather_v(comm, "convolution tails", mine, sizes, tails, err);
 }
 
-/* The session's tail after the wave: the last taps-1 rows of (what came before, the last active segment). */
+/* The session's tail after the wave: the last taps-1 rows of (what came before, the last active
+ * segment). */
 static void advance_tail(const struct lr_step *step, const float *tails, float *session_tail)
 {
     const struct lr_model_dims *dims = &step->session->engine->model.dims;
@@ -93,8 +102,13 @@ static void advance_tail(const struct lr_step *step, const float *tails, float *
 }
 
 /* Hands the state through the wave's workers in order. s_in: the state that enters my segment. */
-static enum lr_status scan_states(struct lr_step *step, float *session_state, const float *m,
-                                  const float *b, float *s_in, float *s_out, struct lr_error *err)
+static enum lr_status scan_states(struct lr_step *step,
+                                  float *session_state,
+                                  const float *m,
+                                  const float *b,
+                                  float *s_in,
+                                  float *s_out,
+                                  struct lr_error *err)
 {
     struct lr_engine *engine = step->session->engine;
     struct lr_comm *comm = engine->comm;
@@ -118,9 +132,14 @@ static enum lr_status scan_states(struct lr_step *step, float *session_state, co
     return LR_OK;
 }
 
-/* Normalises q and k, which stand in the first columns of the convolution's output, and makes beta and g. */
-static void prepare_qk_gates(const struct lr_step *step, const struct lr_gated_delta_weights *w,
-                             float *mixed, const float *in, float *beta, float *g)
+/* Normalises q and k, which stand in the first columns of the convolution's output, and makes beta
+ * and g. */
+static void prepare_qk_gates(const struct lr_step *step,
+                             const struct lr_gated_delta_weights *w,
+                             float *mixed,
+                             const float *in,
+                             float *beta,
+                             float *g)
 {
     const struct lr_engine *engine = step->session->engine;
     const struct lr_model_dims *dims = &engine->model.dims;
@@ -150,7 +169,9 @@ static void prepare_qk_gates(const struct lr_step *step, const struct lr_gated_d
 }
 
 /* o -> norm gated by z -> out projection, added to the residual stream. */
-static void finish(const struct lr_step *step, const struct lr_gated_delta_weights *w, float *o,
+static void finish(const struct lr_step *step,
+                   const struct lr_gated_delta_weights *w,
+                   float *o,
                    const float *in)
 {
     const struct lr_engine *engine = step->session->engine;
@@ -179,7 +200,8 @@ static void finish(const struct lr_step *step, const struct lr_gated_delta_weigh
     engine->ops->gemm(&engine->exec, &out);
 }
 
-static void project_in(const struct lr_step *step, const struct lr_gated_delta_weights *w, float *in)
+static void
+project_in(const struct lr_step *step, const struct lr_gated_delta_weights *w, float *in)
 {
     const struct lr_engine *engine = step->session->engine;
     struct lr_gemm_args args = {.a = step->h,
@@ -191,8 +213,8 @@ static void project_in(const struct lr_step *step, const struct lr_gated_delta_w
     engine->ops->gemm(&engine->exec, &args);
 }
 
-static enum lr_status prefill(struct lr_step *step, const struct lr_layer *layer,
-                              struct lr_error *err)
+static enum lr_status
+prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
@@ -211,26 +233,26 @@ static enum lr_status prefill(struct lr_step *step, const struct lr_layer *layer
     LR_TRY(gather_tails(step, in, c.total, tails, err));
     int rank = engine->comm->rank;
     float *mixed = LR_STEP_ARRAY(session, float, n *channels);
-    struct lr_conv_args conv = {
-        .x = in,
-        .x_stride = c.total,
-        .w = w->conv,
-        .tail = rank > 0 ? tails + (size_t)(rank - 1) * lr_tail_floats(dims) : session_tail,
-        .y = mixed,
-        .y_stride = channels,
-        .n_rows = n,
-        .n_channels = channels,
-        .n_taps = dims->conv_taps,
-        .activation = dims->activation};
+    struct lr_conv_args conv = {.x = in,
+                                .x_stride = c.total,
+                                .w = w->conv,
+                                .tail = rank > 0 ? tails + (size_t)(rank - 1) * lr_tail_floats(dims)
+                                                 : session_tail,
+                                .y = mixed,
+                                .y_stride = channels,
+                                .n_rows = n,
+                                .n_channels = channels,
+                                .n_taps = dims->conv_taps,
+                                .activation = dims->activation};
     if (n > 0)
         engine->ops->conv(&engine->exec, &conv);
     advance_tail(step, tails, session_tail);
 
-    float *beta = LR_STEP_ARRAY(session, float, n *s->n_v_heads);
-    float *g = LR_STEP_ARRAY(session, float, n *s->n_v_heads);
+    float *beta = LR_STEP_ARRAY(session, float, n * s->n_v_heads);
+    float *g = LR_STEP_ARRAY(session, float, n * s->n_v_heads);
     prepare_qk_gates(step, w, mixed, in, beta, g);
 
-    float *m = LR_STEP_ARRAY(session, float, s->n_v_heads *s->dk *s->dk);
+    float *m = LR_STEP_ARRAY(session, float, s->n_v_heads * s->dk * s->dk);
     float *b = LR_STEP_ARRAY(session, float, lr_state_floats(dims));
     float *s_in = LR_STEP_ARRAY(session, float, lr_state_floats(dims));
     float *s_out = LR_STEP_ARRAY(session, float, lr_state_floats(dims));
@@ -249,15 +271,19 @@ static enum lr_status prefill(struct lr_step *step, const struct lr_layer *layer
     LR_TRY(scan_states(step, session_state, m, b, s_in, s_out, err));
     if (n == 0)
         return LR_OK;
-    float *o = LR_STEP_ARRAY(session, float, n *s->n_v_heads *s->dv);
+    float *o = LR_STEP_ARRAY(session, float, n * s->n_v_heads * s->dv);
     engine->ops->delta_output(&engine->exec, &segment, s_in, o, s->n_v_heads * s->dv);
     finish(step, w, o, in);
     return LR_OK;
 }
 
-/* Convolution of the forks' rows: each fork's inputs are lined up behind its tail, then put back time-major. */
-static void convolve_forks(const struct lr_step *step, const struct lr_layer *layer, const float *in,
-                           int64_t in_stride, float *mixed)
+/* Convolution of the forks' rows: each fork's inputs are lined up behind its tail, then put back
+ * time-major. */
+static void convolve_forks(const struct lr_step *step,
+                           const struct lr_layer *layer,
+                           const float *in,
+                           int64_t in_stride,
+                           float *mixed)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -293,8 +319,8 @@ static void convolve_forks(const struct lr_step *step, const struct lr_layer *la
     lr_arena_rewind(&session->workspace, mark);
 }
 
-static enum lr_status extend(struct lr_step *step, const struct lr_layer *layer,
-                             struct lr_error *err)
+static enum lr_status
+extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
 {
     (void)err;
     struct lr_session *session = step->session;
@@ -310,8 +336,8 @@ static enum lr_status extend(struct lr_step *step, const struct lr_layer *layer,
     project_in(step, w, in);
     float *mixed = LR_STEP_ARRAY(session, float, n *channels);
     convolve_forks(step, layer, in, c.total, mixed);
-    float *beta = LR_STEP_ARRAY(session, float, n *s->n_v_heads);
-    float *g = LR_STEP_ARRAY(session, float, n *s->n_v_heads);
+    float *beta = LR_STEP_ARRAY(session, float, n * s->n_v_heads);
+    float *g = LR_STEP_ARRAY(session, float, n * s->n_v_heads);
     prepare_qk_gates(step, w, mixed, in, beta, g);
 
     float *o = LR_STEP_ARRAY(session, float, n *width);

@@ -24,9 +24,14 @@ static int64_t piece_rows(const struct lr_weight_piece *piece)
     return piece->n_ranges ? n : piece->n_rows;
 }
 
-/* Packs n rows of a tensor, widened to float32 on the way where the weight's type is not the tensor's. */
-static enum lr_status pack_rows(const struct lr_loader *loader, struct lr_weight *w, int64_t row,
-                                const struct lr_tensor *tensor, int64_t source_row, int64_t n,
+/* Packs n rows of a tensor, widened to float32 on the way where the weight's type is not the
+ * tensor's. */
+static enum lr_status pack_rows(const struct lr_loader *loader,
+                                struct lr_weight *w,
+                                int64_t row,
+                                const struct lr_tensor *tensor,
+                                int64_t source_row,
+                                int64_t n,
                                 struct lr_error *err)
 {
     size_t row_bytes = (size_t)w->k * lr_dtype_bytes(tensor->dtype);
@@ -44,8 +49,11 @@ static enum lr_status pack_rows(const struct lr_loader *loader, struct lr_weight
     return LR_OK;
 }
 
-static enum lr_status pack_piece(const struct lr_loader *loader, const struct lr_weight_piece *piece,
-                                 const struct lr_tensor *tensor, struct lr_weight *w, int64_t row,
+static enum lr_status pack_piece(const struct lr_loader *loader,
+                                 const struct lr_weight_piece *piece,
+                                 const struct lr_tensor *tensor,
+                                 struct lr_weight *w,
+                                 int64_t row,
                                  struct lr_error *err)
 {
     struct lr_row_range whole = {.source_row = 0, .n_rows = piece->n_rows};
@@ -59,8 +67,11 @@ static enum lr_status pack_piece(const struct lr_loader *loader, const struct lr
     return LR_OK;
 }
 
-enum lr_status lr_load_weight(struct lr_loader *loader, const struct lr_weight_piece *pieces,
-                              int64_t n_pieces, int64_t k, struct lr_weight *out,
+enum lr_status lr_load_weight(struct lr_loader *loader,
+                              const struct lr_weight_piece *pieces,
+                              int64_t n_pieces,
+                              int64_t k,
+                              struct lr_weight *out,
                               struct lr_error *err)
 {
     enum { MAX_PIECES = 4 };
@@ -88,8 +99,12 @@ enum lr_status lr_load_weight(struct lr_loader *loader, const struct lr_weight_p
     return LR_OK;
 }
 
-enum lr_status lr_load_floats(struct lr_loader *loader, const char *name, int n_dims,
-                              const int64_t *shape, float **out, struct lr_error *err)
+enum lr_status lr_load_floats(struct lr_loader *loader,
+                              const char *name,
+                              int n_dims,
+                              const int64_t *shape,
+                              float **out,
+                              struct lr_error *err)
 {
     struct lr_tensor tensor;
     LR_TRY(lr_checkpoint_take(loader->checkpoint, name, n_dims, shape, &tensor, err));

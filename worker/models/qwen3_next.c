@@ -1,7 +1,8 @@
-/* Qwen3-Next: gated DeltaNet and gated attention layers, each with a mixture of experts or a dense SwiGLU.
+/* Qwen3-Next: gated DeltaNet and gated attention layers, each with a mixture of experts or a dense
+ * SwiGLU.
  *
- * Reads top-down: config.json -> dimensions -> layers -> tensor names. The equations are in the layers; the names and
- * traps were checked against transformers (modeling_qwen3_next.py, 5.23). */
+ * Reads top-down: config.json -> dimensions -> layers -> tensor names. The equations are in the
+ * layers; the names and traps were checked against transformers (modeling_qwen3_next.py, 5.23). */
 #include "worker/models/qwen3_next.h"
 
 #include <stdio.h>
@@ -24,10 +25,15 @@ static void name_tensor(const struct builder *b, char *name, const char *suffix)
     snprintf(name, NAME_BYTES, "model.layers.%lld.%s", (long long)b->layer, suffix);
 }
 
-/* ---- helpers: one tensor, named after its layer ------------------------------------------------------------------- */
+/* ---- helpers: one tensor, named after its layer
+ * ------------------------------------------------------------------- */
 
-static enum lr_status weight(const struct builder *b, const char *suffix, int64_t n, int64_t k,
-                             struct lr_weight *out, struct lr_error *err)
+static enum lr_status weight(const struct builder *b,
+                             const char *suffix,
+                             int64_t n,
+                             int64_t k,
+                             struct lr_weight *out,
+                             struct lr_error *err)
 {
     char name[NAME_BYTES];
     name_tensor(b, name, suffix);
@@ -35,16 +41,19 @@ static enum lr_status weight(const struct builder *b, const char *suffix, int64_
     return lr_load_weight(b->loader, &piece, 1, k, out, err);
 }
 
-static enum lr_status floats(const struct builder *b, const char *suffix, int64_t n, float **out,
-                             struct lr_error *err)
+static enum lr_status
+floats(const struct builder *b, const char *suffix, int64_t n, float **out, struct lr_error *err)
 {
     char name[NAME_BYTES];
     name_tensor(b, name, suffix);
     return lr_load_floats(b->loader, name, 1, &n, out, err);
 }
 
-static enum lr_status mlp(const struct builder *b, const char *prefix, int64_t ffn,
-                          struct lr_mlp_weights *out, struct lr_error *err)
+static enum lr_status mlp(const struct builder *b,
+                          const char *prefix,
+                          int64_t ffn,
+                          struct lr_mlp_weights *out,
+                          struct lr_error *err)
 {
     char suffix[NAME_BYTES / 2];
     int64_t d = b->dims->d;
@@ -56,10 +65,13 @@ static enum lr_status mlp(const struct builder *b, const char *prefix, int64_t f
     return weight(b, suffix, d, ffn, &out->down, err);
 }
 
-/* ---- mixers ------------------------------------------------------------------------------------------------------- */
+/* ---- mixers
+ * -------------------------------------------------------------------------------------------------------
+ */
 
-/* in_proj_qkvz is grouped by key head: [q dk | k dk | v r*dv | z r*dv] for each; in_proj_ba: [b r | a r] for each.
- * The packed rows are put in the order  all q | all k | all v | all z | all b | all a. */
+/* in_proj_qkvz is grouped by key head: [q dk | k dk | v r*dv | z r*dv] for each; in_proj_ba: [b r |
+ * a r] for each. The packed rows are put in the order  all q | all k | all v | all z | all b | all
+ * a. */
 static enum lr_status delta_in(const struct builder *b, struct lr_weight *out, struct lr_error *err)
 {
     const struct lr_delta_shape *s = &b->dims->delta;
@@ -72,8 +84,7 @@ static enum lr_status delta_in(const struct builder *b, struct lr_weight *out, s
         return lr_fail(err, LR_NO_MEMORY, "no memory for %lld heads", (long long)heads);
     for (int64_t part = 0; part < 4; part++)
         for (int64_t h = 0; h < heads; h++)
-            ranges[part * heads + h] =
-                (struct lr_row_range){h * group + starts[part], sizes[part]};
+            ranges[part * heads + h] = (struct lr_row_range){h * group + starts[part], sizes[part]};
     for (int64_t part = 0; part < 2; part++)
         for (int64_t h = 0; h < heads; h++)
             ranges[(4 + part) * heads + h] =
@@ -92,8 +103,8 @@ static enum lr_status delta_in(const struct builder *b, struct lr_weight *out, s
     return status;
 }
 
-static enum lr_status gated_delta(const struct builder *b, struct lr_gated_delta_weights *out,
-                                  struct lr_error *err)
+static enum lr_status
+gated_delta(const struct builder *b, struct lr_gated_delta_weights *out, struct lr_error *err)
 {
     const struct lr_model_dims *dims = b->dims;
     const struct lr_delta_shape *s = &dims->delta;
@@ -109,8 +120,8 @@ static enum lr_status gated_delta(const struct builder *b, struct lr_gated_delta
 }
 
 /* The three biases in the order of the packed rows. */
-static enum lr_status attention_biases(const struct builder *b, struct lr_attention_weights *out,
-                                       struct lr_error *err)
+static enum lr_status
+attention_biases(const struct builder *b, struct lr_attention_weights *out, struct lr_error *err)
 {
     const struct lr_model_dims *dims = b->dims;
     int64_t q = 2 * dims->n_heads * dims->head_dim, kv = dims->n_kv_heads * dims->head_dim;
@@ -127,8 +138,8 @@ static enum lr_status attention_biases(const struct builder *b, struct lr_attent
     return floats(b, "self_attn.o_proj.bias", dims->d, &out->out_bias, err);
 }
 
-static enum lr_status attention(const struct builder *b, struct lr_attention_weights *out,
-                                struct lr_error *err)
+static enum lr_status
+attention(const struct builder *b, struct lr_attention_weights *out, struct lr_error *err)
 {
     const struct lr_model_dims *dims = b->dims;
     char q[NAME_BYTES], k[NAME_BYTES], v[NAME_BYTES];
@@ -149,10 +160,12 @@ static enum lr_status attention(const struct builder *b, struct lr_attention_wei
     return floats(b, "self_attn.k_norm.weight", dims->head_dim, &out->k_norm, err);
 }
 
-/* ---- feed-forward ------------------------------------------------------------------------------------------------- */
+/* ---- feed-forward
+ * -------------------------------------------------------------------------------------------------
+ */
 
-static enum lr_status experts(const struct builder *b, struct lr_ffn_weights *out,
-                              struct lr_error *err)
+static enum lr_status
+experts(const struct builder *b, struct lr_ffn_weights *out, struct lr_error *err)
 {
     const struct lr_model_dims *dims = b->dims;
     struct lr_expert_range range = b->experts;
@@ -173,8 +186,8 @@ static enum lr_status experts(const struct builder *b, struct lr_ffn_weights *ou
     return LR_OK;
 }
 
-static enum lr_status feed_forward(const struct builder *b, struct lr_ffn_weights *out,
-                                   struct lr_error *err)
+static enum lr_status
+feed_forward(const struct builder *b, struct lr_ffn_weights *out, struct lr_error *err)
 {
     const struct lr_model_dims *dims = b->dims;
     if (!lr_qwen3_next_layer_is_moe(b->config, b->layer))
@@ -186,7 +199,9 @@ static enum lr_status feed_forward(const struct builder *b, struct lr_ffn_weight
     return weight(b, "mlp.shared_expert_gate.weight", 1, dims->d, &out->shared_gate, err);
 }
 
-/* ---- the model ---------------------------------------------------------------------------------------------------- */
+/* ---- the model
+ * ----------------------------------------------------------------------------------------------------
+ */
 
 static enum lr_status layers(struct builder *b, struct lr_layer *all, struct lr_error *err)
 {
@@ -209,7 +224,8 @@ static enum lr_status layers(struct builder *b, struct lr_layer *all, struct lr_
     return LR_OK;
 }
 
-static enum lr_status embedding(const struct builder *b, struct lr_model *model, struct lr_error *err)
+static enum lr_status
+embedding(const struct builder *b, struct lr_model *model, struct lr_error *err)
 {
     int64_t shape[2] = {b->dims->vocab, b->dims->d};
     struct lr_tensor tensor;
@@ -217,10 +233,9 @@ static enum lr_status embedding(const struct builder *b, struct lr_model *model,
                               err));
     model->embed = tensor.data;
     model->embed_dtype = tensor.dtype;
-    struct lr_weight_piece head = {.name = b->config->tie_word_embeddings
-                                               ? "model.embed_tokens.weight"
-                                               : "lm_head.weight",
-                                   .n_rows = b->dims->vocab};
+    struct lr_weight_piece head = {
+        .name = b->config->tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight",
+        .n_rows = b->dims->vocab};
     LR_TRY(lr_load_weight(b->loader, &head, 1, b->dims->d, &model->head, err));
     if (!b->config->tie_word_embeddings)
         b->loader->n_parameters += b->dims->vocab * b->dims->d;
@@ -228,12 +243,13 @@ static enum lr_status embedding(const struct builder *b, struct lr_model *model,
 }
 
 enum lr_status lr_qwen3_next_visit(const struct lr_qwen3_next_config *config,
-                                   const struct lr_model_dims *dims, struct lr_expert_range experts_here,
-                                   struct lr_loader *loader, struct lr_model *model,
+                                   const struct lr_model_dims *dims,
+                                   struct lr_expert_range experts_here,
+                                   struct lr_loader *loader,
+                                   struct lr_model *model,
                                    struct lr_error *err)
 {
-    struct builder b = {
-        .loader = loader, .config = config, .dims = dims, .experts = experts_here};
+    struct builder b = {.loader = loader, .config = config, .dims = dims, .experts = experts_here};
     model->layers = lr_load_array(loader, dims->n_layers, sizeof *model->layers);
     LR_TRY(embedding(&b, model, err));
     LR_TRY(layers(&b, model->layers, err));
@@ -268,7 +284,8 @@ void lr_qwen3_next_dims(const struct lr_qwen3_next_config *config, struct lr_mod
         .norm_eps = config->rms_norm_eps,
         .rope_factor = config->rope_attention_factor,
     };
-    out->conv_channels = 2 * out->delta.n_k_heads * out->delta.dk + out->delta.n_v_heads * out->delta.dv;
+    out->conv_channels =
+        2 * out->delta.n_k_heads * out->delta.dk + out->delta.n_v_heads * out->delta.dv;
     for (int64_t i = 0; i < out->n_layers; i++) {
         out->n_attention_layers += config->layer_is_attention[i] != 0;
         out->n_delta_layers += config->layer_is_attention[i] == 0;

@@ -7,11 +7,13 @@
 
 void lr_qwen3_next_dims(const struct lr_qwen3_next_config *config, struct lr_model_dims *out);
 
-/* Visits every tensor of the model: measures them or loads them (see lr_loader). Fills the model's layers and weights. */
+/* Visits every tensor of the model: measures them or loads them (see lr_loader). Fills the model's
+ * layers and weights. */
 LR_MUST_USE enum lr_status lr_qwen3_next_visit(const struct lr_qwen3_next_config *config,
                                                const struct lr_model_dims *dims,
                                                struct lr_expert_range experts_here,
-                                               struct lr_loader *loader, struct lr_model *model,
+                                               struct lr_loader *loader,
+                                               struct lr_model *model,
                                                struct lr_error *err);
 
 #endif

@@ -1,0 +1,81 @@
+/* Shared by the files of the attention mixer: attention.c (projections, the layer's table),
+ * attention_document.c (ring and sparse attention of a document), attention_forks.c (questions and
+ * answers), attention_pages.c (selection of pages for decoding). */
+#ifndef LR_WORKER_LAYERS_ATTENTION_IMPL_H
+#define LR_WORKER_LAYERS_ATTENTION_IMPL_H
+
+#include "worker/session_impl.h"
+
+enum { LR_BLOCK = LR_KV_BLOCK_TOKENS };
+
+/* The projected rows [n, stride]: per query head q | gate, then k, then v at their offsets. */
+struct lr_projection {
+    float *rows;
+    int64_t stride, k, v;
+};
+
+/* Running softmax of rows: m, l [n_rows, n_heads], o [n_rows, n_heads, head_dim]. */
+struct lr_softmax {
+    float *m, *l, *o;
+};
+
+static inline int64_t lr_ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+static inline int64_t lr_blocks_per_segment(const struct lr_session *session)
+{
+    return session->options.segment_tokens / LR_BLOCK;
+}
+
+/* Columns of the input projection. */
+static inline int64_t lr_attention_columns(const struct lr_model_dims *dims)
+{
+    return 2 * (dims->n_heads + dims->n_kv_heads) * dims->head_dim;
+}
+
+/* Empty softmax of n_rows rows from the step's workspace. */
+struct lr_softmax lr_softmax_start(struct lr_session *session, int64_t n_rows);
+size_t lr_softmax_bytes(const struct lr_model_dims *dims, int64_t n_rows);
+
+/* Arguments that every attention call of a step shares; m, l, o of row 0 of `softmax`. */
+struct lr_attention_args lr_attention_call(const struct lr_step *step,
+                                           const struct lr_projection *p,
+                                           const struct lr_softmax *softmax);
+
+/* Stores the segment's KV and folds what its queries may see. Collective. */
+LR_MUST_USE enum lr_status lr_attend_document(struct lr_step *step,
+                                              int64_t layer,
+                                              const struct lr_projection *p,
+                                              const struct lr_softmax *softmax,
+                                              struct lr_error *err);
+size_t lr_attend_document_bytes(const struct lr_model_dims *dims,
+                                const struct lr_kernel_ops *ops,
+                                int n_workers,
+                                const struct lr_session_options *options);
+
+/* Stores the forks' KV and attends: y [n_rows, n_heads * head_dim]. Collective. */
+LR_MUST_USE enum lr_status lr_attend_forks(struct lr_step *step,
+                                           int64_t layer,
+                                           const struct lr_projection *p,
+                                           float *y,
+                                           struct lr_error *err);
+size_t lr_attend_forks_bytes(const struct lr_model_dims *dims,
+                             int n_workers,
+                             const struct lr_session_options *options,
+                             int64_t n_rows);
+
+/* Fills one partial per chosen page (see attention_pages.c): `partials` has decode_pages + 1 slots
+ * of n_rows rows. */
+LR_MUST_USE enum lr_status lr_attend_pages(struct lr_step *step,
+                                           int64_t layer,
+                                           const struct lr_projection *p,
+                                           const struct lr_softmax *partials,
+                                           struct lr_error *err);
+size_t lr_attend_pages_bytes(const struct lr_model_dims *dims,
+                             int n_workers,
+                             const struct lr_session_options *options,
+                             int64_t n_rows);
+
+#endif
