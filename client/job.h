@@ -1,0 +1,63 @@
+/* The work that run, needle and logits share: open a model, read a document once, ask questions. Every worker of the
+ * world runs the same calls; the document's text and the answers are on worker 0 only. */
+#ifndef LR_CLIENT_JOB_H
+#define LR_CLIENT_JOB_H
+
+#include "worker/generate.h"
+#include "worker/weights/tokenizer.h"
+
+enum lr_attention_choice { LR_CHOOSE_AUTO, LR_CHOOSE_FULL, LR_CHOOSE_SPARSE };
+
+/* auto: full attention up to this many document tokens, sparse beyond. */
+enum { LR_AUTO_FULL_TOKENS = 131072 };
+
+struct lr_job_options {
+    const char *model_dir;
+    int n_threads; /* a worker */
+    int spin_us;
+    enum lr_isa isa;
+    enum lr_experts_placement experts;
+    enum lr_attention_choice attention;
+    enum lr_dtype kv_dtype;
+    int64_t segment_tokens; /* 0: the default */
+    int64_t top_k_blocks, decode_pages;
+};
+
+struct lr_job {
+    struct lr_comm *comm;
+    struct lr_job_options options;
+    struct lr_engine engine;
+    struct lr_tokenizer *tokenizer; /* NULL where the job needs none */
+    struct lr_session *session;
+    enum lr_attention_mode attention; /* chosen, once the document's length is known */
+    double load_seconds, prefill_seconds, decode_seconds;
+};
+
+/* Loads the model, and the tokenizer if it is wanted. Collective. */
+LR_MUST_USE enum lr_status lr_job_open(struct lr_job *job, const struct lr_job_options *options,
+                                       struct lr_comm *comm, int with_tokenizer, struct lr_error *err);
+void lr_job_close(struct lr_job *job);
+
+/* Tokens of a text that ends up on every worker: worker 0 brings ids (n_ids may differ elsewhere); the others get a
+ * copy. The caller frees *shared. `mine` is worker 0's outcome of making them. Collective. */
+LR_MUST_USE enum lr_status lr_job_share_ids(struct lr_job *job, const int32_t *ids, int64_t n_ids,
+                                            enum lr_status mine, int32_t **shared, int64_t *n_shared,
+                                            struct lr_error *err);
+
+/* Opens a session for n_document tokens and max_forks questions of max_fork_tokens, chooses the attention, and feeds
+ * the document, which worker 0 holds in `ids`, wave by wave. Collective. */
+struct lr_job_document {
+    const int32_t *ids; /* worker 0 */
+    int64_t n_ids;      /* on every worker */
+    int64_t max_forks, max_fork_tokens;
+};
+LR_MUST_USE enum lr_status lr_job_read(struct lr_job *job, const struct lr_job_document *document,
+                                       const struct lr_session_hooks *hooks, struct lr_error *err);
+
+/* Peak resident bytes of every worker, [size], on all. Collective. */
+LR_MUST_USE enum lr_status lr_job_peak_rss(struct lr_job *job, int64_t *bytes, struct lr_error *err);
+
+/* Rows that each worker's experts have computed, [size], on all. Collective. */
+LR_MUST_USE enum lr_status lr_job_expert_rows(struct lr_job *job, int64_t *rows, struct lr_error *err);
+
+#endif
