@@ -37,6 +37,16 @@ static inline size_t lr_dtype_bytes(enum lr_dtype dtype)
     return dtype == LR_F32 ? 4 : 2;
 }
 
+/* What the CPU kernels keep on the stack bounds these; configurations beyond are refused when a model is read. */
+enum {
+    LR_MAX_HEAD_DIM = 1024,
+    LR_MAX_GROUP = 64,       /* query heads of one KV head */
+    LR_MAX_DELTA_DIM = 1024, /* key dimension of the delta rule */
+    LR_MAX_CONV_TAPS = 64,
+    LR_MAX_EXPERTS = 4096,
+    LR_MAX_TOP_K = 4096 /* blocks chosen per query block */
+};
+
 /* An activation buffer, in the backend's activation type: float32 on the CPU, bf16 on CUDA. */
 typedef void lr_act;
 

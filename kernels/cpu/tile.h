@@ -1,6 +1,6 @@
 /* The micro-kernel under every product of the CPU backend: dense layers, experts, attention tiles, the delta rule.
  *
- *   C[i][j] (=, or += the earlier K block)  sum_k A[i][k] * B[k][j]       i < rows, j < 16 or 32
+ *   C[i][j] (=, or += the earlier K block)  sum_k A[i][k] * B[k][j]       i < rows, j < 16 * panels
  *
  *   A: any row and k stride (a broadcast costs the same wherever it is), so transposed operands need no copy
  *   B: rows of 16 consecutive values: element (k, j) of panel p at b[p * b_panel + k * b_k + j]
@@ -24,7 +24,7 @@ struct lr_tile {
     int load_c; /* 1: start from C, 0: start from zero */
 };
 
-/* Rows that one register tile holds with `panels` panels of 16 columns. */
+/* The register tile where there are rows enough: rows x panels of 16 columns. */
 #if defined(LR_SIMD_V4)
 enum { LR_TILE_ROWS = 12, LR_TILE_PANELS = 2 };
 #elif defined(LR_SIMD_V3)
@@ -32,6 +32,7 @@ enum { LR_TILE_ROWS = 6, LR_TILE_PANELS = 1 };
 #else
 enum { LR_TILE_ROWS = 4, LR_TILE_PANELS = 1 };
 #endif
+enum { LR_TILE_ACCUMULATORS = 24 };
 
 LR_INLINE lr_v16 tile_load_b(const void *b, int64_t offset, enum lr_dtype dtype)
 {
@@ -45,25 +46,25 @@ LR_INLINE lr_v16 tile_load_b(const void *b, int64_t offset, enum lr_dtype dtype)
 /* ROWS, PANELS and DTYPE are compile-time constants at every call, so the accumulators live in registers. */
 LR_INLINE void tile_multiply(const struct lr_tile *t, const int rows, const int panels, const enum lr_dtype dtype)
 {
-    lr_v16 acc[12 * 2];
+    lr_v16 acc[LR_TILE_ACCUMULATORS];
     const float *a_rows[12];
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++) {
         a_rows[i] = t->a + i * t->a_row;
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int p = 0; p < panels; p++)
             acc[i * panels + p] = t->load_c ? v_load(t->c + i * t->c_row + p * t->c_panel) : v_zero();
     }
     int64_t a_offset = 0, b_offset = 0;
     for (int64_t k = 0; k < t->k; k++) {
-        lr_v16 b[2];
-#pragma GCC unroll 2
+        lr_v16 b[8];
+#pragma GCC unroll 8
         for (int p = 0; p < panels; p++)
             b[p] = tile_load_b(t->b, b_offset + p * t->b_panel, dtype);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             lr_v16 a = v_set1(a_rows[i][a_offset]);
-#pragma GCC unroll 2
+#pragma GCC unroll 8
             for (int p = 0; p < panels; p++)
                 acc[i * panels + p] = v_fma(a, b[p], acc[i * panels + p]);
         }
@@ -72,7 +73,7 @@ LR_INLINE void tile_multiply(const struct lr_tile *t, const int rows, const int 
     }
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int p = 0; p < panels; p++)
             v_store(t->c + i * t->c_row + p * t->c_panel, acc[i * panels + p]);
 }

@@ -1,0 +1,133 @@
+#include "comm/ending.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+static const int poll_ms = 20;
+static const int grace_ms = 2000; /* between SIGTERM, which lets a daemon clean up, and SIGKILL */
+
+static struct lr_ending *armed;
+
+static void sleep_ms(int ms)
+{
+    struct timespec nap = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L};
+    nanosleep(&nap, NULL);
+}
+
+static void kill_workers(const struct lr_ending *ending)
+{
+    int64_t self = getpid();
+    for (int r = 0; r < ending->n_places; r++) {
+        const struct lr_place *place = &ending->places[r];
+        if (place->process != self && lr_place_same_host(&ending->mine, place) &&
+            place->process_namespace == ending->mine.process_namespace &&
+            !lr_process_is_gone(place->process, place->started))
+            kill((pid_t)place->process, SIGKILL);
+    }
+}
+
+static bool all_gone(const struct lr_ending *ending)
+{
+    if (ending->daemon && !lr_process_is_gone(ending->daemon, ending->daemon_started))
+        return false;
+    int64_t self = getpid();
+    for (int r = 0; r < ending->n_places; r++) {
+        const struct lr_place *place = &ending->places[r];
+        if (place->process != self && lr_place_same_host(&ending->mine, place) &&
+            place->process_namespace == ending->mine.process_namespace &&
+            !lr_process_is_gone(place->process, place->started))
+            return false;
+    }
+    return true;
+}
+
+/* True once nothing is left, or false after `ms`. */
+static bool wait_until_gone(const struct lr_ending *ending, int ms)
+{
+    for (int waited = 0; waited < ms; waited += poll_ms) {
+        if (all_gone(ending))
+            return true;
+        sleep_ms(poll_ms);
+    }
+    return all_gone(ending);
+}
+
+static void end_all(const struct lr_ending *ending)
+{
+    bool daemon_lives =
+        ending->daemon && !lr_process_is_gone(ending->daemon, ending->daemon_started);
+    if (daemon_lives) {
+        kill((pid_t)ending->daemon, SIGTERM);
+        wait_until_gone(ending, grace_ms);
+    }
+    kill_workers(ending);
+    if (daemon_lives && !lr_process_is_gone(ending->daemon, ending->daemon_started))
+        kill((pid_t)ending->daemon, SIGKILL);
+}
+
+static void strike(int signal_number)
+{
+    (void)signal_number;
+    const char *sentence = armed->sentence;
+    if (sentence && write(STDERR_FILENO, sentence, strlen(sentence)) < 0)
+        sentence = NULL; /* nobody listens: nothing to be done about it */
+    /* The daemon's SIGTERM would end this process before it has ended the rest. */
+    signal(SIGTERM, SIG_IGN);
+    end_all(armed);
+    _exit(armed->exit_code);
+}
+
+void lr_ending_find(struct lr_ending *ending)
+{
+    memset(ending, 0, sizeof *ending);
+    ending->daemon = lr_process_find_daemon(&ending->daemon_started);
+    lr_place_find(&ending->mine);
+}
+
+void lr_ending_arm(struct lr_ending *ending, unsigned seconds)
+{
+    armed = ending;
+    struct sigaction action = {.sa_handler = strike};
+    sigfillset(&action.sa_mask);
+    sigaction(SIGALRM, &action, NULL);
+    sigset_t alarm_only;
+    sigemptyset(&alarm_only);
+    sigaddset(&alarm_only, SIGALRM);
+    pthread_sigmask(SIG_UNBLOCK, &alarm_only, NULL);
+    alarm(seconds);
+}
+
+void lr_ending_disarm(void)
+{
+    alarm(0);
+}
+
+/* Nothing of the worker may be held: mpirun waits until the last writer of a worker's output has
+ * closed it. */
+static void close_everything(void)
+{
+    if (syscall(SYS_close_range, 0U, ~0U, 0U) == 0)
+        return;
+    long most = sysconf(_SC_OPEN_MAX);
+    for (int fd = 0; fd < (most > 0 && most < 65536 ? most : 65536); fd++)
+        close(fd);
+}
+
+void lr_ending_watch(const struct lr_ending *ending, unsigned seconds)
+{
+    if (fork() != 0)
+        return; /* where there is no memory for a watcher the alarm has to do */
+    setsid();   /* daemons signal the process group of a worker */
+    for (int number = 1; number < NSIG; number++)
+        signal(number, SIG_DFL);
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
+    close_everything();
+    if (!wait_until_gone(ending, (int)seconds * 1000))
+        end_all(ending);
+    _exit(0);
+}

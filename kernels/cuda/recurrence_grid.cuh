@@ -1,0 +1,86 @@
+/* How the tokens of a launch are cut, and where partial results lie in work. Shared by the recurrence's kernels.
+ *
+ * Slots: sub-segment j of sequence i has slot offsets[i] / SUB + i + j. Slots of two sequences never collide and need
+ * no prefix sum over the sequences; some stay empty. n_slots = n_rows / SUB + n_sequences. */
+#ifndef LR_KERNELS_CUDA_RECURRENCE_GRID_CUH
+#define LR_KERNELS_CUDA_RECURRENCE_GRID_CUH
+
+#include "kernels/cuda/recurrence.h"
+#include <cuda_bf16.h>
+
+namespace lr
+{
+
+constexpr int CHUNK = LR_RECURRENCE_CHUNK_TOKENS;
+constexpr int SUB = LR_RECURRENCE_SUB_TOKENS;
+constexpr int CHUNKS_PER_SUB = SUB / CHUNK;
+constexpr float LOG2_E = 1.4426950408889634f;
+/* A factor exp(g) below 2^-160 is zero in float32; sums of more negative ones would only lose the digits of others. */
+constexpr float LOWEST_LOG2_DECAY = -160.0f;
+
+struct recurrence_params {
+    const __nv_bfloat16 *q, *k, *v;
+    int64_t q_stride, k_stride, v_stride;
+    const float *g, *beta;
+    float scale;
+    const int64_t *offsets;
+    int64_t n_rows, n_sequences, n_slots;
+    int n_v_heads, heads_per_k_head;
+    int dk, dv;
+    __nv_bfloat16 *inverses; /* [slot, chunk, head, 64, 64]: (I + L)^-1 diag(beta) */
+    float *m;                /* delta: [slot, head, dk (column), dk (row)];  decay: [slot, head] log2 of the factor */
+    float *b;                /* [slot, head, dv, dk] */
+    float *entering;         /* [slot, head, dv, dk]: the state that enters the sub-segment */
+    __nv_bfloat16 *o;
+    int64_t o_stride;
+};
+
+/* The tokens of one slot. */
+struct span {
+    int64_t sequence;
+    int64_t first; /* row */
+    int64_t end;   /* row behind the last; first where the slot is empty */
+};
+
+static __device__ __forceinline__ struct span span_of(const recurrence_params &p, int64_t slot)
+{
+    struct span s;
+    int64_t begin = 0;
+    int64_t sequence_end = p.n_rows;
+    s.sequence = 0;
+    if (p.offsets != nullptr) {
+        int64_t low = 0;
+        int64_t high = p.n_sequences;
+        while (high - low > 1) {
+            const int64_t middle = (low + high) / 2;
+            if (p.offsets[middle] / SUB + middle <= slot) {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        s.sequence = low;
+        begin = p.offsets[low];
+        sequence_end = p.offsets[low + 1];
+    }
+    s.first = begin + (slot - begin / SUB - s.sequence) * SUB;
+    s.end = s.first + SUB < sequence_end ? s.first + SUB : sequence_end;
+    if (s.end < s.first) {
+        s.end = s.first;
+    }
+    return s;
+}
+
+/* log2 of one token's decay. NaN stays NaN. */
+static __device__ __forceinline__ float log2_decay(const recurrence_params &p, int64_t row, int head)
+{
+    if (p.g == nullptr) {
+        return 0.0f;
+    }
+    const float x = p.g[row * p.n_v_heads + head] * LOG2_E;
+    return x < LOWEST_LOG2_DECAY ? LOWEST_LOG2_DECAY : x;
+}
+
+} // namespace lr
+
+#endif

@@ -1,0 +1,28 @@
+/* Between recurrence.cu, which owns the C interface, and the files that own one kernel each. C++ only. */
+#ifndef LR_KERNELS_CUDA_RECURRENCE_LAUNCH_H
+#define LR_KERNELS_CUDA_RECURRENCE_LAUNCH_H
+
+#include <cuda_runtime_api.h>
+
+namespace lr
+{
+
+struct recurrence_params;
+
+/* T = (I + L)^-1 diag(beta) of every chunk: p.inverses. */
+cudaError_t launch_recurrence_inverse(cudaStream_t stream, const recurrence_params &p);
+
+/* output false: p.m and p.b of every slot;  true: p.o from p.entering. Delta reads p.inverses. */
+cudaError_t launch_recurrence_pass(cudaStream_t stream, const recurrence_params &p, bool delta, bool output);
+
+/* s_in (NULL: zero) through p.m and p.b of each sequence's slots: p.entering and, unless NULL, s_out. */
+cudaError_t launch_recurrence_scan(cudaStream_t stream, const recurrence_params &p, bool delta, const float *s_in,
+                                   float *s_out);
+
+/* p.m and p.b of each sequence's slots folded into one pair a sequence. */
+cudaError_t launch_recurrence_fold_slots(cudaStream_t stream, const recurrence_params &p, bool delta, float *m,
+                                         float *b);
+
+} // namespace lr
+
+#endif
