@@ -452,7 +452,7 @@ static enum lr_status reduce_sliced(struct lr_comm *comm,
 static enum lr_status reduce(struct lr_comm *comm,
                              enum lr_comm_kind kind,
                              const char *label,
-                             reducer *reducer,
+                             reducer *apply,
                              void *values,
                              size_t n_values,
                              size_t value_bytes,
@@ -475,7 +475,7 @@ static enum lr_status reduce(struct lr_comm *comm,
         bool sliced = comm->size > 2 && left > reduce_split_bytes;
         size_t most = sliced ? most_sliced : most_whole;
         size_t now = left < most ? left : most;
-        LR_TRY((sliced ? reduce_sliced : reduce_whole)(comm, kind, label, reducer, at, now, scratch,
+        LR_TRY((sliced ? reduce_sliced : reduce_whole)(comm, kind, label, apply, at, now, scratch,
                                                        err));
         left -= now;
         at = offset(at, now);
