@@ -222,7 +222,7 @@ enum lr_status lr_forks_extend(struct lr_session *session,
     const struct lr_engine *engine = session->engine;
     if (n_inputs == 0)
         return LR_OK;
-    if (n_inputs > session->max_rows || (sink && n_inputs > 1))
+    if (n_inputs < 0 || n_inputs > session->max_rows || (sink && n_inputs > 1))
         return lr_fail(err, LR_INVALID, "%lld forks in one call", (long long)n_inputs);
     LR_TRY(check_inputs(session, inputs, n_inputs, err));
     enum lr_status status = LR_OK;
@@ -233,7 +233,7 @@ enum lr_status lr_forks_extend(struct lr_session *session,
         most = lr_max_i64(most, inputs[i].n_ids);
     extension.entries = calloc((size_t)n_inputs, sizeof *extension.entries);
     extension.last = calloc((size_t)(n_inputs * engine->model.dims.d), sizeof *extension.last);
-    int64_t *slice_first = calloc((size_t)most + 2, sizeof *slice_first);
+    int64_t *slice_first = calloc((size_t)(most > 0 ? most : 0) + 2, sizeof *slice_first);
     if (!extension.entries || !extension.last || !slice_first) {
         status = lr_fail(err, LR_NO_MEMORY, "no memory to extend %lld forks", (long long)n_inputs);
         goto free_extension;
