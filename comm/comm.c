@@ -548,6 +548,11 @@ size_t lr_comm_describe_loss(const struct lr_comm *comm, char *text, size_t text
     return comm->ops->describe_loss(comm, text, text_bytes);
 }
 
+int lr_comm_speaks(const struct lr_comm *comm)
+{
+    return comm->ops->speaks(comm);
+}
+
 void lr_comm_close(struct lr_comm *comm)
 {
     comm->ops->close(comm);

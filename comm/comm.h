@@ -31,6 +31,7 @@ struct lr_comm {
     int size;
     int host_workers;      /* how many workers share this one's host, this one included */
     int host_index;        /* this one's place among them, in rank order */
+    int root_is_here;      /* worker 0 is on this one's host */
     enum lr_status failed; /* the first failure; everything entered after it fails with it */
     uint64_t sequence;     /* raised by one for each collective; part of every header */
     int64_t timeout_ms;    /* deadline of every wait, counted from its start */
@@ -75,6 +76,10 @@ _Noreturn void lr_comm_abort(struct lr_comm *comm, int exit_code);
  * in a signal handler: when MPI's daemon ends the world because one worker died, SIGTERM is all
  * that the others hear of it. */
 size_t lr_comm_describe_loss(const struct lr_comm *comm, char *text, size_t text_bytes);
+
+/* Whether this is the lowest worker of its host that lives: the one that says what happened. Safe in a
+ * signal handler. */
+int lr_comm_speaks(const struct lr_comm *comm);
 
 /* `label` names the step in messages ("layer 3 experts"); it must be the same everywhere. All sizes
  * are in bytes. */

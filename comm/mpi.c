@@ -343,6 +343,16 @@ static size_t mpi_describe_loss(const struct lr_comm *comm, char *text, size_t t
     return out.used;
 }
 
+static int mpi_speaks(const struct lr_comm *comm)
+{
+    const struct mpi_world *world = world_of(comm);
+    for (int r = 0; r < comm->rank; r++)
+        if (lr_place_same_host(&world->places[r], &world->places[comm->rank]) &&
+            !lr_place_is_gone(&world->places[comm->rank], &world->places[r]))
+            return 0;
+    return 1;
+}
+
 static void free_world(struct mpi_world *world)
 {
     for (int i = 0; i < MAX_IN_FLIGHT; i++) {
@@ -393,6 +403,7 @@ static const struct lr_comm_ops mpi_ops = {
     .poll = mpi_poll,
     .scratch = mpi_scratch,
     .describe_loss = mpi_describe_loss,
+    .speaks = mpi_speaks,
     .close = mpi_close,
     .abort = mpi_abort,
 };
@@ -426,6 +437,7 @@ static enum lr_status learn_places(struct lr_comm *comm, struct lr_error *err)
         int here = lr_place_same_host(&world->places[r], &world->places[comm->rank]);
         comm->host_workers += here;
         comm->host_index += here && r < comm->rank;
+        comm->root_is_here |= here && r == 0;
     }
     world->crowded = comm->host_workers > sysconf(_SC_NPROCESSORS_ONLN);
     world->ending.places = world->places;

@@ -75,6 +75,7 @@ struct lr_comm_ops {
 
     /* See comm.h. */
     size_t (*describe_loss)(const struct lr_comm *comm, char *text, size_t text_bytes);
+    int (*speaks)(const struct lr_comm *comm);
     void (*close)(struct lr_comm *comm);
     void (*abort)(struct lr_comm *comm, int exit_code); /* does not return */
 };

@@ -44,6 +44,12 @@ static size_t self_describe_loss(const struct lr_comm *comm, char *text, size_t 
     return 0;
 }
 
+static int self_speaks(const struct lr_comm *comm)
+{
+    (void)comm;
+    return 1;
+}
+
 static void self_abort(struct lr_comm *comm, int exit_code)
 {
     (void)comm;
@@ -58,6 +64,7 @@ static const struct lr_comm_ops self_ops = {
     .poll = self_poll,
     .scratch = self_scratch,
     .describe_loss = self_describe_loss,
+    .speaks = self_speaks,
     .close = self_poll,
     .abort = self_abort,
 };
@@ -66,5 +73,5 @@ void lr_comm_open_self(struct lr_comm *comm)
 {
     memset(comm, 0, sizeof *comm);
     comm->ops = &self_ops;
-    comm->size = 1;
+    comm->size = comm->host_workers = comm->root_is_here = 1;
 }
