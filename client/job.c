@@ -61,7 +61,7 @@ enum lr_status lr_job_share_ids(struct lr_job *job, const int32_t *ids, int64_t 
     return LR_OK;
 }
 
-static void choose_attention(struct lr_job *job, int64_t n_tokens)
+void lr_job_choose_attention(struct lr_job *job, int64_t n_tokens)
 {
     switch (job->options.attention) {
     case LR_CHOOSE_FULL:
@@ -101,7 +101,7 @@ static enum lr_status feed(struct lr_job *job, const struct lr_job_document *doc
 enum lr_status lr_job_read(struct lr_job *job, const struct lr_job_document *document,
                            const struct lr_session_hooks *hooks, struct lr_error *err)
 {
-    choose_attention(job, document->n_ids);
+    lr_job_choose_attention(job, document->n_ids);
     struct lr_session_options options = {
         .segment_tokens = job->options.segment_tokens ? job->options.segment_tokens
                                                       : LR_DEFAULT_SEGMENT_TOKENS,

@@ -44,6 +44,9 @@ LR_MUST_USE enum lr_status lr_job_share_ids(struct lr_job *job, const int32_t *i
                                             enum lr_status mine, int32_t **shared, int64_t *n_shared,
                                             struct lr_error *err);
 
+/* Fills job->attention for a document of n_tokens. */
+void lr_job_choose_attention(struct lr_job *job, int64_t n_tokens);
+
 /* Opens a session for n_document tokens and max_forks questions of max_fork_tokens, chooses the attention, and feeds
  * the document, which worker 0 holds in `ids`, wave by wave. Collective. */
 struct lr_job_document {

@@ -1,0 +1,87 @@
+#include "client/reading.h"
+
+#include "base/file.h"
+#include "client/signals.h"
+#include "client/world.h"
+
+#include <stdlib.h>
+
+static const size_t max_document_bytes = (size_t)16 << 30;
+
+const char *lr_attention_text(const struct lr_job *job)
+{
+    return job->attention == LR_ATTENTION_SPARSE ? "sparse" : "full";
+}
+
+enum lr_status lr_read_document(struct lr_job *job,
+                                const char *path,
+                                const struct lr_settings *settings,
+                                struct lr_token_buffer *ids,
+                                struct lr_error *err)
+{
+    char *text;
+    size_t n_bytes;
+    LR_TRY(lr_file_read(path, max_document_bytes, &text, &n_bytes, err));
+    enum lr_status status = LR_OK;
+    struct lr_error why;
+    if (n_bytes == 0)
+        status = lr_fail(err, LR_INVALID, "the document %s is empty", path);
+    else if (lr_tokenizer_encode(job->tokenizer, text, n_bytes, settings->parse_special ? LR_TOKENIZE_PARSE_SPECIAL : 0,
+                                 ids, &why) != LR_OK)
+        status = lr_fail(err, why.status, "the document %s: %s", path, why.message);
+    free(text);
+    return status;
+}
+
+static void wave_done(void *context, const struct lr_wave_report *report)
+{
+    struct lr_reading *reading = context;
+    char phase[64];
+    snprintf(phase, sizeof phase, "wave %lld of %lld", (long long)report->waves_done + 1, (long long)report->waves_total);
+    lr_signals_phase(report->waves_done < report->waves_total ? phase : "the last wave");
+    if (!reading->root)
+        return;
+    snprintf(phase, sizeof phase, "wave %lld/%lld", (long long)report->waves_done, (long long)report->waves_total);
+    lr_progress_update(&reading->progress, report->tokens_done, phase);
+}
+
+static void announce(const struct lr_reading *reading, const struct lr_job *job)
+{
+    if (!reading->root || reading->settings->quiet)
+        return;
+    int automatic = job->options.attention == LR_CHOOSE_AUTO, sparse = job->attention == LR_ATTENTION_SPARSE;
+    fprintf(stderr, "%s tokens, %d worker%s of %d thread%s, %s attention%s, experts %s\n", lr_number_text(reading->n_tokens),
+            job->comm->size, job->comm->size == 1 ? "" : "s", job->options.n_threads,
+            job->options.n_threads == 1 ? "" : "s", sparse ? "sparse" : "full",
+            !automatic ? "" : sparse ? " (auto: more than 131,072 tokens)" : " (auto: up to 131,072 tokens)",
+            job->engine.experts_replicated ? "replicated" : "sharded");
+    fflush(stderr);
+}
+
+enum lr_status lr_reading_run(struct lr_reading *reading,
+                              struct lr_job *job,
+                              const struct lr_token_buffer *document,
+                              int64_t max_forks,
+                              int64_t max_fork_tokens,
+                              struct lr_error *err)
+{
+    reading->root = job->comm->rank == 0;
+    reading->n_tokens = document->n_ids;
+    LR_TRY(lr_comm_broadcast(job->comm, "document length", 0, &reading->n_tokens, sizeof reading->n_tokens, err));
+    struct lr_job_document input = {
+        .ids = document->ids, .n_ids = reading->n_tokens, .max_forks = max_forks, .max_fork_tokens = max_fork_tokens};
+    struct lr_session_hooks hooks = {.on_wave = wave_done,
+                                     .wave_context = reading,
+                                     .on_logits = reading->on_logits,
+                                     .logits_context = reading->logits_context,
+                                     .positions = reading->positions,
+                                     .n_positions = reading->n_positions};
+    lr_job_choose_attention(job, reading->n_tokens);
+    announce(reading, job);
+    lr_signals_phase("wave 1");
+    lr_progress_begin(&reading->progress, reading->root && !reading->settings->quiet, lr_world_terminal_columns(),
+                      "reading", "tokens", reading->n_tokens);
+    enum lr_status status = lr_job_read(job, &input, &hooks, err);
+    lr_progress_end(&reading->progress);
+    return status;
+}
