@@ -159,7 +159,7 @@ static int make_private_dir(char *path, size_t size_bytes)
 
 static void run_mpirun(const struct lr_settings *settings, enum lr_world world, const char *dir, int argc, char **argv)
 {
-    char *arguments[MAX_ARGUMENTS], workers[16], self[PATH_MAX], columns[48];
+    char *arguments[MAX_ARGUMENTS], workers[24], self[PATH_MAX], columns[48];
     int n = 0;
     int64_t size = settings->workers > 0 ? settings->workers : environment_number("SLURM_NTASKS", 1);
     ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1);

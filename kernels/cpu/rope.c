@@ -25,13 +25,14 @@ static double cos_small(double x)
     return 1.0 + z * p;
 }
 
-/* x = n pi/2 + r: pi/2 in three parts (Cody and Waite), exact while n < 2^26 */
+/* x = n pi/2 + r: pi/2 in three parts (Cody and Waite), the first two of 27 bits: their products with n < 2^26 are
+ * exact */
 static void sine_cosine(double x, double *sine, double *cosine)
 {
     double n = rint(x * 0.63661977236758134308);
-    double r = x - n * 1.57079632673412561417e+00;
-    r = r - n * 6.07710050630396597660e-11;
-    r = r - n * 2.02226624879595063154e-21;
+    double r = x - n * 0x1.921fb54p+0;
+    r = r - n * 0x1.10b461p-30;
+    r = r - n * 0x1.a62633145c06ep-58;
     double s = sin_small(r), c = cos_small(r);
     switch ((int64_t)n & 3) {
     case 0:
