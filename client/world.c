@@ -226,6 +226,18 @@ static int watch(pid_t mpirun, int errors, struct filter *filter)
     return status;
 }
 
+/* Workers that mpirun did not wait for. */
+static void reap(void)
+{
+    for (int tries = 0; tries < 100; tries++) {
+        pid_t pid = waitpid(-1, NULL, WNOHANG);
+        if (pid < 0)
+            return;
+        if (pid == 0)
+            poll(NULL, 0, 20);
+    }
+}
+
 static int exit_code(int status, const struct filter *filter)
 {
     if (caught)
@@ -251,6 +263,7 @@ int lr_world_launch(const struct lr_settings *settings, enum lr_world world, int
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     fflush(NULL);
+    prctl(PR_SET_CHILD_SUBREAPER, 1); /* workers that outlive mpirun become ours to reap */
     pid_t parent = getpid(), mpirun = fork();
     if (mpirun == 0) {
         setpgid(0, 0); /* the terminal's Ctrl-C comes to the parent alone */
@@ -269,6 +282,7 @@ int lr_world_launch(const struct lr_settings *settings, enum lr_world world, int
     close(errors[1]);
     struct filter filter = {0};
     int status = mpirun > 0 ? watch(mpirun, errors[0], &filter) : 1;
+    reap();
     close(errors[0]);
     if (filter.used > 0)
         finish_line(&filter);
