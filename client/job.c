@@ -98,13 +98,11 @@ static enum lr_status feed(struct lr_job *job, const struct lr_job_document *doc
     return status == LR_OK ? lr_session_seal(job->session, err) : status;
 }
 
-enum lr_status lr_job_read(struct lr_job *job, const struct lr_job_document *document,
-                           const struct lr_session_hooks *hooks, struct lr_error *err)
+static struct lr_session_options session_options(struct lr_job *job, const struct lr_job_document *document)
 {
     lr_job_choose_attention(job, document->n_ids);
-    struct lr_session_options options = {
-        .segment_tokens = job->options.segment_tokens ? job->options.segment_tokens
-                                                      : LR_DEFAULT_SEGMENT_TOKENS,
+    return (struct lr_session_options){
+        .segment_tokens = job->options.segment_tokens ? job->options.segment_tokens : LR_DEFAULT_SEGMENT_TOKENS,
         .attention = job->attention,
         .window = LR_SPARSE_WINDOW,
         .sinks = LR_SPARSE_SINKS,
@@ -114,6 +112,18 @@ enum lr_status lr_job_read(struct lr_job *job, const struct lr_job_document *doc
         .max_tokens = document->n_ids,
         .max_forks = document->max_forks,
         .max_fork_tokens = document->max_fork_tokens};
+}
+
+enum lr_status lr_job_check_memory(struct lr_job *job, const struct lr_job_document *document, struct lr_error *err)
+{
+    struct lr_session_options options = session_options(job, document);
+    return lr_session_check_memory(&job->engine, &options, err);
+}
+
+enum lr_status lr_job_read(struct lr_job *job, const struct lr_job_document *document,
+                           const struct lr_session_hooks *hooks, struct lr_error *err)
+{
+    struct lr_session_options options = session_options(job, document);
     LR_TRY(lr_session_open(&job->engine, &options, hooks, &job->session, err));
     double begin = lr_clock_seconds();
     LR_TRY(feed(job, document, err));

@@ -54,6 +54,10 @@ struct lr_job_document {
     int64_t n_ids;      /* on every worker */
     int64_t max_forks, max_fork_tokens;
 };
+/* Before there is a document: LR_NO_MEMORY with the numbers where one of n_ids tokens would not fit. Collective. */
+LR_MUST_USE enum lr_status
+lr_job_check_memory(struct lr_job *job, const struct lr_job_document *document, struct lr_error *err);
+
 LR_MUST_USE enum lr_status lr_job_read(struct lr_job *job, const struct lr_job_document *document,
                                        const struct lr_session_hooks *hooks, struct lr_error *err);
 

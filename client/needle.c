@@ -206,6 +206,8 @@ static enum lr_status work_on(struct needle *n, struct lr_token_buffer *document
     struct lr_reading reading = {.settings = &n->settings};
     char **prompts = NULL;
     enum lr_status mine = LR_OK;
+    struct lr_job_document planned = {.n_ids = n->tokens, .max_forks = 1, .max_fork_tokens = n->settings.max_new_tokens};
+    LR_TRY(lr_job_check_memory(&n->job, &planned, err));
     lr_signals_phase("planting the facts");
     if (n->job.comm->rank == 0) {
         mine = plant(n, document, err);

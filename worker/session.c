@@ -41,9 +41,9 @@ static double gib(size_t bytes)
     return (double)bytes / (double)(1u << 30);
 }
 
-static enum lr_status check_memory(const struct lr_engine *engine,
-                                   const struct lr_session_options *options,
-                                   struct lr_error *err)
+enum lr_status lr_session_check_memory(const struct lr_engine *engine,
+                                       const struct lr_session_options *options,
+                                       struct lr_error *err)
 {
     struct lr_memory_plan plan;
     lr_session_plan(&engine->model.dims, engine->ops, 0, engine->comm->size,
@@ -130,7 +130,7 @@ enum lr_status lr_session_open(struct lr_engine *engine,
                                struct lr_error *err)
 {
     LR_TRY(check_options(options, err));
-    LR_TRY(check_memory(engine, options, err));
+    LR_TRY(lr_session_check_memory(engine, options, err));
     struct lr_session *session = calloc(1, sizeof *session);
     enum lr_status status = LR_OK;
     if (!session)

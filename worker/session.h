@@ -50,6 +50,12 @@ void lr_session_plan(const struct lr_model_dims *dims,
                      const struct lr_session_options *options,
                      struct lr_memory_plan *plan);
 
+/* LR_NO_MEMORY with the numbers where a session of these options would not fit on one of the workers.
+ * Collective. */
+LR_MUST_USE enum lr_status lr_session_check_memory(const struct lr_engine *engine,
+                                                   const struct lr_session_options *options,
+                                                   struct lr_error *err);
+
 struct lr_session;
 struct lr_fork;
 

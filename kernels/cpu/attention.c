@@ -17,7 +17,10 @@
 #include "kernels/cpu/tile.h"
 
 enum { BLOCK = LR_KV_BLOCK_TOKENS, MAX_TILE_ROWS = 96 };
-enum { TILE_FLOATS = MAX_TILE_ROWS * (2 * 256 + BLOCK) };
+/* A tile is cut to what L2 holds; one token of the largest group must fit all the same. */
+enum { TILE_FLOATS = MAX_TILE_ROWS * (2 * 256 + BLOCK), MEMORY_FLOATS = LR_MAX_GROUP * (2 * LR_MAX_HEAD_DIM + BLOCK) };
+_Static_assert((int)LR_MAX_GROUP <= (int)MAX_TILE_ROWS && LR_MAX_HEAD_DIM % 16 == 0 && TILE_FLOATS <= MEMORY_FLOATS,
+               "a token's query heads fit into a tile");
 
 static int64_t round16(int64_t n)
 {
@@ -223,7 +226,7 @@ static void attention_task(void *context, int64_t task, int thread)
     last = last < a->n_rows ? last : a->n_rows;
     if (last <= first)
         return;
-    float memory[TILE_FLOATS];
+    float memory[MEMORY_FLOATS];
     struct attention_tile t = {.rows = (last - first) * (s.n_heads / s.n_kv_heads), .dv16 = round16(s.head_dim)};
     t.q = memory;
     t.scores = t.q + t.rows * s.head_dim;
@@ -241,7 +244,7 @@ void LR_ISA(lr_attention)(const struct lr_exec *exec, const struct lr_attention_
         return;
     int64_t group = s.n_heads / s.n_kv_heads, max_rows = TILE_FLOATS / (s.head_dim + round16(s.head_dim) + BLOCK);
     max_rows = max_rows < MAX_TILE_ROWS ? max_rows : MAX_TILE_ROWS;
-    struct attention_job job = {.args = args, .tile_tokens = max_rows / group};
+    struct attention_job job = {.args = args, .tile_tokens = max_rows > group ? max_rows / group : 1};
     if (args->n_lists > 1) {
         /* even tiles inside a query block: 128 = 3 x 48 would leave a thin one */
         job.tiles_per_block = (BLOCK + job.tile_tokens - 1) / job.tile_tokens;
@@ -301,12 +304,6 @@ void LR_ISA(lr_merge_bounds)(const struct lr_exec *exec, const struct lr_merge_a
     lr_run_rows(exec, args->n_rows * args->n_heads, args->head_dim * (args->n_partials + 1), bounds_rows, args);
 }
 
-/* x 2^e w rounded to an integer. Below 2^51 adding 1.5 * 2^52 rounds to nearest even; larger ones are split in two. */
-static int64_t to_fixed(double x)
-{
-    return (int64_t)rint(x);
-}
-
 static void accumulate_rows(const void *args, int64_t first, int64_t last)
 {
     const struct lr_merge_args *a = args;
@@ -324,8 +321,8 @@ static void accumulate_rows(const void *args, int64_t first, int64_t last)
             double factor = (double)exp_1(m - a->bound[2 * i]) * scale;
             const float *o = a->o + (p * n + i) * d;
             for (int64_t j = 0; j < d; j++)
-                sums[j] += to_fixed((double)o[j] * factor);
-            sums[d] += to_fixed((double)a->l[p * n + i] * factor);
+                sums[j] += (int64_t)rint((double)o[j] * factor);
+            sums[d] += (int64_t)rint((double)a->l[p * n + i] * factor);
         }
     }
 }

@@ -45,7 +45,7 @@ static struct segment take_segment(struct lr_delta_shape shape, int64_t n_rows, 
     int64_t keys = shape.n_k_heads * shape.dk, values = shape.n_v_heads * shape.dv;
     struct segment s = {.shape = shape, .n_rows = n_rows, .stride = 2 * keys + values + 3};
     /* the last row ends with its values: a read behind them is an error */
-    s.rows = take_floats(n_rows * s.stride - 3, 1.0f, &seed);
+    s.rows = take_floats(n_rows > 0 ? n_rows * s.stride - 3 : 0, 1.0f, &seed);
     s.q = s.rows;
     s.k = s.q + keys;
     s.v = s.k + keys;

@@ -9,10 +9,11 @@ Writes, next to this script:
     models/<name>/logits_N.bin                   float32 LE [n_positions, vocab_size]
     tiny/{ids,logits}_N.bin, positions_N.txt     the same for models/longreach-tiny on the start of data/kjv.txt
 
-Three properties keep the fixtures honest, and the script fails where one of them does not hold:
+Three properties keep models/ honest, and the script fails where one of them does not hold:
   * every tensor in the files is read by transformers, and none that it wants is missing (mtp.* is ignored by both);
-  * no routing decision is a near tie, so float32 rounding cannot send a token to another expert;
-  * every config field under test moves the logits: `contrast` names another value for it, with the same shapes.
+  * no routing decision is a near tie, so float32 rounding cannot send a token to another expert (tiny/ only prints its gaps);
+  * each change named in `contrast` moves the logits. It can name only changes that keep the shapes of the tensors; a
+    loader that misreads the other fields meets tensors of the wrong shape or name.
 """
 
 import argparse

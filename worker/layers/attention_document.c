@@ -134,7 +134,8 @@ static enum lr_status attend_full_ring(struct lr_step *step,
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
-    int64_t row_blocks = engine->comm->size * lr_blocks_per_segment(session);
+    int64_t row_blocks = lr_min_i64(engine->comm->size * lr_blocks_per_segment(session),
+                                    lr_ceil_div(session->options.max_tokens, LR_BLOCK));
     char *buffers[2];
     size_t *sizes[2];
     struct lr_comm_request requests[2] = {0};

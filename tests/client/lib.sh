@@ -1,0 +1,43 @@
+# What the shell tests share. Usage: script.sh PATH_OF_LONGREACH, from the repository's root.
+set -u
+longreach=$1
+model=models/longreach-tiny
+book=data/kjv.txt
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failures=0
+
+fail()
+{
+    echo "FAILED: $*" >&2
+    failures=$((failures + 1))
+}
+
+finish()
+{
+    [ "$failures" -eq 0 ] || { echo "$failures failed" >&2; exit 1; }
+    echo "all as expected"
+}
+
+# expect CODE SENTENCE COMMAND...: the exit code, and one line on standard error that has the sentence
+expect()
+{
+    code=$1 sentence=$2
+    shift 2
+    "$@" > "$work/out" 2> "$work/err"
+    got=$?
+    [ "$got" -eq "$code" ] || fail "exit $got instead of $code: $* ($(head -n 3 "$work/err"))"
+    grep -qF -- "$sentence" "$work/err" || fail "no '$sentence' from: $* ($(head -n 3 "$work/err"))"
+    grep -qE 'ERROR: AddressSanitizer|runtime error:|WARNING: ThreadSanitizer' "$work/err" && fail "sanitizer: $*"
+    if [ "$code" -eq 1 ]; then
+        n=$(grep -c '^longreach: ' "$work/err")
+        [ "$n" -eq 1 ] || fail "$n sentences from: $*"
+    fi
+}
+
+# ids N FILE: N token ids that look random and are always the same
+ids()
+{
+    awk -v n="$1" 'BEGIN { x = 12345; for (i = 0; i < n; i++) { x = (x * 1103515245 + 12345) % 2147483648;
+        v = int(x / 65536) % 8192; printf "%02x%02x0000", v % 256, int(v / 256) } }' | xxd -r -p > "$2"
+}

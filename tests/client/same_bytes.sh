@@ -1,0 +1,29 @@
+#!/bin/sh
+# The same bytes from any number of workers: logits at lengths around every seam, full and sparse.
+. "$(dirname "$0")/lib.sh"
+
+logits() { "$longreach" logits --model $model --quiet "$@" || fail "logits $*"; }
+
+for n in 1 2 15 16 17 63 64 65 127 128 129 255 256 257 383 385 640 1281; do
+    ids $n "$work/ids"
+    for mode in full sparse; do
+        logits --ids "$work/ids" --out "$work/1" --attention $mode --segment-tokens 128 --top-k-blocks 2 --threads 1
+        for workers in 2 3 5 8; do
+            logits --ids "$work/ids" --out "$work/$workers" --attention $mode --segment-tokens 128 --top-k-blocks 2 \
+                --workers $workers --experts sharded
+            cmp -s "$work/1" "$work/$workers" || fail "$n tokens, $mode: $workers workers differ"
+        done
+    done
+done
+
+# more than a wave of the default segments; windows that reach over several workers; a question behind them
+ids 13000 "$work/ids"
+for mode in full sparse; do
+    for workers in 1 2 3; do
+        logits --ids "$work/ids" --out "$work/$workers" --attention $mode --top-k-blocks 3 --full-last 130 \
+            --workers $workers --positions 0,63,4095,4096,8191,8192,12288,12869,12870,12999
+    done
+    cmp -s "$work/1" "$work/2" || fail "13000 tokens, $mode: 2 workers differ"
+    cmp -s "$work/1" "$work/3" || fail "13000 tokens, $mode: 3 workers differ"
+done
+finish
