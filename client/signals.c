@@ -54,9 +54,10 @@ static void end(int signal_number)
     if (!several || (lr_comm_speaks(world) && world->root_is_here)) {
         ssize_t written = write(STDERR_FILENO, text, used);
         (void)written; /* nobody listens */
-    } else {
-        /* whoever speaks must not take this worker for one that was lost */
-        struct timespec pause = {.tv_nsec = 300 * 1000 * 1000};
+    }
+    if (several) {
+        /* another that is told later must not take this worker for one that was lost */
+        struct timespec pause = {.tv_nsec = 500 * 1000 * 1000};
         nanosleep(&pause, NULL);
     }
     _exit(lost[0] || signal_number == SIGTERM ? 1 : 130);
