@@ -402,41 +402,63 @@ static void test_sigmoid_gate(void **state)
                 check_sigmoid_gate(row_counts[i], dims[j], mode & 1, mode >> 1, seed++);
 }
 
-/* exp, and silu, on a dense grid: exp through g = -exp(a_log) * softplus(50), silu through a one-tap convolution. */
-static void test_exp_and_silu_grid(void **state)
+/* exp, softplus, sigmoid and silu on dense grids: the first as g = -exp(a_log) * softplus(64), whose factor is a power
+ * of two, the last through a convolution with one tap. */
+enum { GRID = 200000 };
+
+static void spread(float *x, float low, float high)
+{
+    for (int64_t i = 0; i < GRID; i++)
+        x[i] = low + (high - low) * (float)i / GRID;
+}
+
+/* g of a_log and dt_bias into `g`, sigmoid(b) into `beta` */
+static void grid_gates(const struct lr_kernel_ops *ops, const float *b, const float *a_log, const float *dt_bias,
+                       const float *zero, float *beta, float *g)
+{
+    struct lr_delta_gates_args args = {.b = b, .a = zero, .ba_stride = GRID, .a_log = a_log, .dt_bias = dt_bias,
+                                       .beta = beta, .g = g, .n_rows = 1, .n_heads = GRID};
+    ops->delta_gates(&machine.execs[0], &args);
+}
+
+static void check_grid(const struct lr_kernel_ops *ops, float *x, float *level, const float *zero, float *beta, float *g,
+                       double *truth)
+{
+    spread(x, -87.0f, 84.0f);
+    spread(level, 64.0f, 64.0f);
+    grid_gates(ops, zero, x, level, zero, beta, g);
+    for (int64_t i = 0; i < GRID; i++)
+        truth[i] = -64.0 * exp((double)x[i]);
+    check_close(g, GRID, truth, 1, GRID, 0x1p-23, 0.0);
+
+    spread(x, -80.0f, 25.0f);
+    grid_gates(ops, x, zero, x, zero, beta, g);
+    for (int64_t i = 0; i < GRID; i++)
+        truth[i] = -lr_ref_softplus((double)x[i]);
+    check_close(g, GRID, truth, 1, GRID, 2.2e-7, 0.0);
+    for (int64_t i = 0; i < GRID; i++)
+        truth[i] = lr_ref_sigmoid((double)x[i]);
+    check_close(beta, GRID, truth, 1, GRID, 0x1.8p-23, 0.0);
+
+    spread(level, 1.0f, 1.0f);
+    struct lr_conv_args conv = {.x = x, .x_stride = GRID, .w = level, .tail = zero, .y = g, .y_stride = GRID,
+                                .n_rows = 1, .n_channels = GRID, .n_taps = 1, .activation = LR_ACT_SILU};
+    ops->conv(&machine.execs[0], &conv);
+    for (int64_t i = 0; i < GRID; i++)
+        truth[i] *= (double)x[i];
+    check_close(g, GRID, truth, 1, GRID, 0x1.8p-23, 0.0);
+}
+
+static void test_functions_on_a_grid(void **state)
 {
     (void)state;
-    enum { N = 200000 };
-    float *a_log = take(N * sizeof *a_log), *x = take(N * sizeof *x), *bias = take(N * sizeof *bias);
-    float *zero = take(N * sizeof *zero), *one = take(N * sizeof *one), *g = take(2 * N * sizeof *g), *y = g + N;
-    double *truth = take_doubles(N);
-    for (int64_t i = 0; i < N; i++) {
-        a_log[i] = -87.0f + 171.0f * (float)i / N; /* 50 exp(84) is finite */
-        x[i] = -87.0f + 174.0f * (float)i / N;
-        bias[i] = 50.0f;
-        zero[i] = 0.0f;
-        one[i] = 1.0f;
-    }
-    for (int t = 0; t < machine.n_tables; t++) {
-        struct lr_delta_gates_args gates = {.b = zero, .a = zero, .ba_stride = N, .a_log = a_log, .dt_bias = bias,
-                                            .beta = y, .g = g, .n_rows = 1, .n_heads = N};
-        machine.tables[t]->delta_gates(&machine.execs[0], &gates);
-        for (int64_t i = 0; i < N; i++)
-            truth[i] = -50.0 * exp((double)a_log[i]);
-        check_close(g, N, truth, 1, N, 2.5e-7, 0.0); /* 2 ulp and the product's half */
-        struct lr_conv_args conv = {.x = x, .x_stride = N, .w = one, .tail = zero, .y = y, .y_stride = N, .n_rows = 1,
-                                    .n_channels = N, .n_taps = 1, .activation = LR_ACT_SILU};
-        machine.tables[t]->conv(&machine.execs[0], &conv);
-        for (int64_t i = 0; i < N; i++)
-            truth[i] = (double)x[i] / (1.0 + exp(-(double)x[i]));
-        check_close(y, N, truth, 1, N, 4e-7, 0.0);
-    }
-    free(a_log);
-    free(x);
-    free(bias);
-    free(zero);
-    free(one);
-    free(g);
+    float *memory = take(5 * GRID * sizeof *memory);
+    double *truth = take_doubles(GRID);
+    float *zero = memory + 2 * GRID;
+    spread(zero, 0.0f, 0.0f);
+    for (int t = 0; t < machine.n_tables; t++)
+        check_grid(machine.tables[t], memory, memory + GRID, zero, memory + 3 * GRID, memory + 4 * GRID, truth);
+    free(memory);
     free(truth);
 }
 
@@ -503,7 +525,7 @@ int main(void)
         cmocka_unit_test(test_gated_rmsnorm), cmocka_unit_test(test_norm_rope),
         cmocka_unit_test(test_l2norm),        cmocka_unit_test(test_conv),
         cmocka_unit_test(test_delta_gates),   cmocka_unit_test(test_sigmoid_gate),
-        cmocka_unit_test(test_exp_and_silu_grid), cmocka_unit_test(test_rope_table),
+        cmocka_unit_test(test_functions_on_a_grid), cmocka_unit_test(test_rope_table),
         cmocka_unit_test(test_rope_table_reduction),
     };
     return cmocka_run_group_tests(tests, open_machine, close_machine);

@@ -71,7 +71,7 @@ static void test_gemm_shapes(void **state)
 static void test_gemm_endings(void **state)
 {
     (void)state;
-    static const int64_t columns[] = {16, 40, 192};
+    static const int64_t columns[] = {15, 16, 40, 192};
     uint64_t seed = 1000;
     for (int64_t n = 0; n < COUNT(columns); n++)
         for (enum lr_activation act = LR_ACT_NONE; act <= LR_ACT_RELU; act++)
