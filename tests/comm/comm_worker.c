@@ -617,10 +617,10 @@ static enum lr_status stopped_barrier(struct lr_error *err)
 /* Worker 1 has entered the step, so that its header is there, and then moves no bytes. */
 static enum lr_status late_payload(struct lr_error *err)
 {
-    size_t sizes[LR_COMM_MAX_WORKERS];
+    size_t sizes[LR_COMM_MAX_WORKERS], size_bytes = (size_t)16 << 20;
     for (int r = 0; r < comm.size; r++)
-        sizes[r] = (size_t)16 << 20;
-    unsigned char *data = take_buffer(sizes[0]), *received = take_buffer(total_of(sizes));
+        sizes[r] = size_bytes;
+    unsigned char *data = take_buffer(size_bytes), *received = take_buffer(total_of(sizes));
     struct lr_comm_request request = {0};
     LR_TRY(lr_comm_all_gather_v_start(&comm, "layer 7 experts", data, sizes, received, &request, err));
     if (comm.rank == 1)
