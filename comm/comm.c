@@ -171,10 +171,12 @@ static enum lr_status gather_start(struct lr_comm *comm,
     return LR_OK;
 }
 
-/* `data` [size_bytes] cut into one piece per worker: where piece `rank` begins. */
+/* `data` [size_bytes] cut into one piece per worker, none larger than the first: where piece `rank`
+ * begins. */
 static size_t piece_start(const struct lr_comm *comm, size_t size_bytes, int rank)
 {
-    size_t piece = (size_bytes / (size_t)comm->size + 63) & ~(size_t)63;
+    size_t n = (size_t)comm->size;
+    size_t piece = (size_bytes / n + (size_bytes % n > 0) + 63) & ~(size_t)63;
     size_t start = piece * (size_t)rank;
     return start < size_bytes ? start : size_bytes;
 }

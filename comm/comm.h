@@ -7,7 +7,7 @@
  * nothing. Each carries a header (sequence number, kind, sizes, label): a worker that is out of
  * step gets LR_OUT_OF_STEP naming both sides instead of a hang or of wrong bytes. Every wait ends
  * at comm->timeout_ms with LR_TIMEOUT, naming the label and the workers that were missing. After a
- * failure the communicator is good for nothing but lr_comm_close.
+ * failure the communicator is good for nothing but lr_comm_abort.
  *
  * Called from the worker's main thread only. Buffers belong to the caller and must stay valid until
  * the call returns, or until lr_comm_wait for a started one. No reduction is done in arrival order:

@@ -1,9 +1,13 @@
 #include "comm/ending.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stddef.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -56,12 +60,30 @@ static bool wait_until_gone(const struct lr_ending *ending, int ms)
     return all_gone(ending);
 }
 
+/* Whether this process is the one of its host that tells the daemon: mpirun takes a second SIGTERM
+ * within five seconds for impatience, and then leaves workers, output and shared memory behind. The
+ * claim is the name of a socket, which goes with the process. */
+static bool claim_daemon(const struct lr_ending *ending)
+{
+    struct sockaddr_un name = {.sun_family = AF_UNIX};
+    struct lr_text text = {.start = name.sun_path + 1, .size_bytes = sizeof name.sun_path - 1};
+    lr_text_add(&text, "longreach-ending-");
+    lr_text_add_number(&text, ending->daemon);
+    lr_text_add(&text, "-");
+    lr_text_add_number(&text, ending->daemon_started);
+    int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    socklen_t name_bytes = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + text.used);
+    /* Left open: the claim ends with this process. */
+    return fd < 0 || bind(fd, (const struct sockaddr *)&name, name_bytes) == 0 || errno != EADDRINUSE;
+}
+
 static void end_all(const struct lr_ending *ending)
 {
     bool daemon_lives =
         ending->daemon && !lr_process_is_gone(ending->daemon, ending->daemon_started);
     if (daemon_lives) {
-        kill((pid_t)ending->daemon, SIGTERM);
+        if (claim_daemon(ending))
+            kill((pid_t)ending->daemon, SIGTERM);
         wait_until_gone(ending, grace_ms);
     }
     kill_workers(ending);

@@ -3,11 +3,13 @@
  * A lane is one message where its payload is small, and two where it is not:
  *
  *   TAG_HEAD      header, and the payload where it has at most INLINE_BYTES
- *   TAG_PAYLOAD   the payload, in pieces of at most 1 GiB
+ *   payload_tag   the payload, in pieces of at most 1 GiB
  *
  * MPI keeps the order of messages between two workers on one tag, so the n-th header belongs to the
- * n-th payload even with several exchanges in flight, and the receiver knows from its own size where
- * to look. Headers are checked before anything else: a worker out of step is named, not believed.
+ * n-th exchange even with several in flight, and the receiver knows from its own size where to look.
+ * The tag of a payload depends on step and size: that of a worker out of step meets no receive, lands
+ * in no other step's buffer and is never cut (Open MPI may crash where it is). Headers are checked
+ * before anything else: a worker out of step is named, not believed.
  *
  * Waits test and never block: first spinning (a decode step waits microseconds), then yielding, then
  * sleeping up to a millisecond (a world may have more workers than cores). Open MPI 4.1 ends the whole
@@ -58,6 +60,7 @@ struct mpi_world {
     struct flight flights[MAX_IN_FLIGHT];
     unsigned char *scratch;
     size_t scratch_bytes;
+    int most_tag;
 };
 
 static struct mpi_world *world_of(const struct lr_comm *comm)
@@ -125,17 +128,24 @@ static MPI_Request *next_rest(struct flight *flight, int peer)
     return &flight->rest[flight->n_rest++];
 }
 
+static int payload_tag(const struct mpi_world *world, uint64_t sequence, size_t size_bytes)
+{
+    uint64_t mixed = (sequence * 0x9E3779B97F4A7C15u ^ size_bytes) * 0xBF58476D1CE4E5B9u;
+    return TAG_PAYLOAD + (int)((mixed >> 32) % (uint64_t)(world->most_tag - TAG_PAYLOAD));
+}
+
 static int post_receive(struct mpi_world *world, struct flight *flight, int peer)
 {
     const struct lr_comm_lane *lane = &flight->exchange.lanes[peer];
     int code = MPI_Irecv(&flight->received[peer], sizeof *flight->received, MPI_BYTE, peer, TAG_HEAD, world->comm,
                          &flight->heads[peer]);
     flight->n_heads_left++;
+    int tag = payload_tag(world, flight->exchange.sequence, lane->recv_bytes);
     char *data = lane->received;
     for (size_t done = 0; code == MPI_SUCCESS && pieces_of(lane->recv_bytes) > 0 && done < lane->recv_bytes;
          done += PIECE_BYTES) {
         size_t left = lane->recv_bytes - done;
-        code = MPI_Irecv(data + done, (int)(left < PIECE_BYTES ? left : PIECE_BYTES), MPI_BYTE, peer, TAG_PAYLOAD,
+        code = MPI_Irecv(data + done, (int)(left < PIECE_BYTES ? left : PIECE_BYTES), MPI_BYTE, peer, tag,
                          world->comm, next_rest(flight, peer));
     }
     return code;
@@ -154,11 +164,12 @@ static int post_send(struct mpi_world *world, struct flight *flight, int peer)
         memcpy(head->payload, lane->send, inlined);
     int code = MPI_Isend(head, (int)(HEADER_BYTES + inlined), MPI_BYTE, peer, TAG_HEAD, world->comm,
                          next_rest(flight, peer));
+    int tag = payload_tag(world, flight->exchange.sequence, lane->send_bytes);
     const char *data = lane->send;
     for (size_t done = 0; code == MPI_SUCCESS && pieces_of(lane->send_bytes) > 0 && done < lane->send_bytes;
          done += PIECE_BYTES) {
         size_t left = lane->send_bytes - done;
-        code = MPI_Isend(data + done, (int)(left < PIECE_BYTES ? left : PIECE_BYTES), MPI_BYTE, peer, TAG_PAYLOAD,
+        code = MPI_Isend(data + done, (int)(left < PIECE_BYTES ? left : PIECE_BYTES), MPI_BYTE, peer, tag,
                          world->comm, next_rest(flight, peer));
     }
     return code;
@@ -258,9 +269,14 @@ static enum lr_status timed_out(const struct lr_comm *comm, const struct flight 
         others += first >= 0;
         first = first < 0 ? r : first;
     }
-    for (int i = 0; i < flight->n_rest && first < 0; i++)
-        if (flight->rest[i] != MPI_REQUEST_NULL)
+    /* MPI_Testall leaves even those that are done as they were. */
+    for (int i = 0; i < flight->n_rest && first < 0; i++) {
+        int done = 0;
+        if (MPI_Request_get_status(flight->rest[i], &done, MPI_STATUS_IGNORE) != MPI_SUCCESS || !done)
             first = flight->rest_peers[i];
+    }
+    if (first < 0)
+        first = flight->rest_peers[0]; /* the last one came just now */
     char who[160] = "", more[32] = "", lost[160] = "";
     struct lr_text text = {.start = who, .size_bytes = sizeof who};
     lr_place_describe(&text, first, &world_of(comm)->places[first]);
@@ -346,7 +362,7 @@ static size_t mpi_describe_loss(const struct lr_comm *comm, char *text, size_t t
 static int mpi_speaks(const struct lr_comm *comm)
 {
     const struct mpi_world *world = world_of(comm);
-    for (int r = 0; r < comm->rank; r++)
+    for (int r = 0; world && world->places && r < comm->rank; r++)
         if (lr_place_same_host(&world->places[r], &world->places[comm->rank]) &&
             !lr_place_is_gone(&world->places[comm->rank], &world->places[r]))
             return 0;
@@ -467,6 +483,9 @@ enum lr_status lr_comm_open_mpi(int64_t timeout_ms, struct lr_comm *comm, struct
     *comm = (struct lr_comm){.ops = &mpi_ops, .backend = world, .timeout_ms = timeout_ms};
     MPI_Comm_rank(world->comm, &comm->rank);
     MPI_Comm_size(world->comm, &comm->size);
+    int has_most_tag = 0, *most_tag = NULL;
+    MPI_Comm_get_attr(world->comm, MPI_TAG_UB, &most_tag, &has_most_tag);
+    world->most_tag = has_most_tag ? *most_tag : 32767; /* the least that MPI allows */
     LR_TRY(allocate_world(world, comm->size, err));
     return learn_places(comm, err);
 }

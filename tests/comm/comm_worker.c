@@ -522,7 +522,7 @@ static int has_report(int rank)
 _Noreturn static void report_and_abort(enum lr_status status, const struct lr_error *err, int silent, int exit_code)
 {
     char text[LR_ERROR_TEXT_BYTES + 64];
-    snprintf(text, sizeof text, "%s: %s", lr_status_text(status), status == LR_OK ? "" : err->message);
+    snprintf(text, sizeof text, "[%s] %s", lr_status_text(status), status == LR_OK ? "" : err->message);
     fprintf(stderr, "comm_worker: worker %d: %s\n", comm.rank, text);
     leave_report(text);
     for (int waited_ms = 0; waited_ms < 30000; waited_ms += 20) {
