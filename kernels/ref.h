@@ -27,7 +27,7 @@ void lr_ref_norm_rope(const struct lr_norm_rope_args *args, double *x);         
 void lr_ref_conv(const struct lr_conv_args *args, double *y);                   /* [n_rows, n_channels] */
 void lr_ref_l2norm(const struct lr_l2norm_args *args, double *x);               /* [n_rows, n_heads, head_dim] */
 void lr_ref_delta_gates(const struct lr_delta_gates_args *args, double *beta, double *g); /* [n_rows, n_heads] */
-void lr_ref_sigmoid_gate(const struct lr_sigmoid_gate_args *args, double *y);   /* [n_rows, n_heads, head_dim] */
+void lr_ref_sigmoid_gate(const struct lr_sigmoid_gate_args *args, double *y); /* [n_rows, n_heads, head_dim] */
 
 /* p [n_rows, n_experts]: the softmax; ids and weights [n_rows, top_k], chosen from p in float64 */
 void lr_ref_router(const struct lr_router_args *args, double *p, int32_t *ids, double *weights);
@@ -47,12 +47,8 @@ void lr_ref_rope_table(const int64_t *positions,
 /* The recurrence over the segment's tokens, from three starts: m [n_v_heads, dk, dk] from the identity with v = 0,
  * b [n_v_heads, dk, dv] from zero, and s_out [n_v_heads, dk, dv] with o [n_rows, n_v_heads, dv] from s_in.
  * args->work is not used. */
-void lr_ref_delta_segment(const struct lr_delta_segment_args *args,
-                          const float *s_in,
-                          double *m,
-                          double *b,
-                          double *s_out,
-                          double *o);
+void lr_ref_delta_segment(
+    const struct lr_delta_segment_args *args, const float *s_in, double *m, double *b, double *s_out, double *o);
 void lr_ref_delta_fold(const struct lr_delta_fold_args *args, double *s_out); /* [n_v_heads, dk, dv] */
 /* states: the updated ones, [n_rows, n_v_heads, dk, dv]; o [n_rows, n_v_heads, dv] */
 void lr_ref_delta_step(const struct lr_delta_step_args *args, double *states, double *o);
@@ -63,7 +59,8 @@ void lr_ref_delta_step(const struct lr_delta_step_args *args, double *states, do
  * y [n_rows, n_heads, head_dim] = sum_j p_j v_j, zero where nothing is visible; lse [n_rows, n_heads] = log sum_j
  * exp(s_j), -inf where nothing is visible. */
 void lr_ref_attention(const struct lr_attention_args *args, double *y, double *lse);
-/* y [n_rows, n_heads, head_dim] = sum_p w_p o_p / sum_p w_p l_p with w_p = exp(m_p - max m), zero where all are empty */
+/* y [n_rows, n_heads, head_dim] = sum_p w_p o_p / sum_p w_p l_p with w_p = exp(m_p - max m), zero where all are empty
+ */
 void lr_ref_merge(const struct lr_merge_args *args, double *y);
 void lr_ref_block_summary(const struct lr_block_summary_args *args, double *mean, double *min, double *max);
 /* scores [query blocks, n_kv_heads, n_blocks]: mean_q . mean_k, -inf for blocks that are no candidates; chosen as in

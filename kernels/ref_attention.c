@@ -168,8 +168,8 @@ void lr_ref_block_select(const struct lr_block_select_args *args, double *scores
     for (int64_t i = 0; i < n; i++) {
         double *row = scores + i * args->n_blocks;
         for (int64_t c = 0; c < args->n_blocks; c++)
-            row[c] = is_candidate(args, i / n_heads, c) ? block_score(args, i / n_heads, i % n_heads, c)
-                                                       : -(double)INFINITY;
+            row[c] =
+                is_candidate(args, i / n_heads, c) ? block_score(args, i / n_heads, i % n_heads, c) : -(double)INFINITY;
         choose(row, args->n_blocks, args->top_k, chosen + i * args->top_k);
     }
 }
@@ -186,7 +186,8 @@ void lr_ref_page_bounds(const struct lr_page_bounds_args *args, double *bounds)
             const float *q = (const float *)args->q + row * args->q_stride + h * args->q_head_stride;
             double sum = 0.0;
             for (int64_t i = 0; i < s.head_dim; i++)
-                sum += fmax((double)q[i] * (double)args->min[summary + i], (double)q[i] * (double)args->max[summary + i]);
+                sum +=
+                    fmax((double)q[i] * (double)args->min[summary + i], (double)q[i] * (double)args->max[summary + i]);
             bounds[at] = fmax(bounds[at], sum);
         }
     }

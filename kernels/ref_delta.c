@@ -5,8 +5,8 @@
 
 /* One token of one head, S [dk, n]:  S <- exp(g) S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q
  * v NULL: zeros; o NULL: not wanted. Columns of S do not meet. */
-static void token(double *s, int64_t dk, int64_t n, const float *q, const float *k, const float *v, double g,
-                  double beta, double *o)
+static void token(
+    double *s, int64_t dk, int64_t n, const float *q, const float *k, const float *v, double g, double beta, double *o)
 {
     double decay = exp(g);
     for (int64_t j = 0; j < n; j++) {
@@ -25,12 +25,8 @@ static void token(double *s, int64_t dk, int64_t n, const float *q, const float 
     }
 }
 
-static void segment_head(const struct lr_delta_segment_args *args,
-                         int64_t head,
-                         double *m,
-                         double *b,
-                         double *state,
-                         double *o)
+static void
+segment_head(const struct lr_delta_segment_args *args, int64_t head, double *m, double *b, double *state, double *o)
 {
     struct lr_delta_shape s = args->shape;
     int64_t k_head = head / (s.n_v_heads / s.n_k_heads);
@@ -45,12 +41,8 @@ static void segment_head(const struct lr_delta_segment_args *args,
     }
 }
 
-void lr_ref_delta_segment(const struct lr_delta_segment_args *args,
-                          const float *s_in,
-                          double *m,
-                          double *b,
-                          double *s_out,
-                          double *o)
+void lr_ref_delta_segment(
+    const struct lr_delta_segment_args *args, const float *s_in, double *m, double *b, double *s_out, double *o)
 {
     struct lr_delta_shape s = args->shape;
     int64_t state_size = s.dk * s.dv;

@@ -1,5 +1,7 @@
 #include "kernels/cpu/cpu.h"
 
+#include <cpuid.h>
+
 /* Names what x86-64-v4 asks for and this machine lacks. */
 static const char *missing_for_v4(void)
 {
@@ -11,13 +13,20 @@ static const char *missing_for_v4(void)
     return NULL;
 }
 
+/* clang 14 knows no __builtin_cpu_supports("f16c") */
+static int has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 static const char *missing_for_v3(void)
 {
     if (!__builtin_cpu_supports("avx2"))
         return "AVX2";
     if (!__builtin_cpu_supports("fma"))
         return "FMA";
-    if (!__builtin_cpu_supports("f16c"))
+    if (!has_f16c())
         return "F16C";
     return NULL;
 }

@@ -182,8 +182,8 @@ enum apart { WHOLE, ROWS };
 /* Runs every table with every pool, each from a copy of `initial` (the outputs before the operation), and with ROWS
  * also one row at a time and in two uneven parts. All must give the same bytes and leave the guard behind them alone.
  * Returns them; the caller frees. */
-static inline char *run_everywhere(
-    run_rows *run, const void *context, int64_t n_rows, enum apart apart, const void *initial, size_t size)
+static inline char *
+run_everywhere(run_rows *run, const void *context, int64_t n_rows, enum apart apart, const void *initial, size_t size)
 {
     char *want = NULL;
     for (int t = 0; t < machine.n_tables; t++)
@@ -226,8 +226,8 @@ static inline void check_gaps(const void *initial, const void *out, int64_t rows
 
 /* ---- how far from the truth ---- */
 
-/* |got - truth| <= relative |truth| + absolute, for rows of `width` at `stride` (truth is contiguous). Infinity is right
- * where the truth does not fit into float32; NaN is always wrong. */
+/* |got - truth| <= relative |truth| + absolute, for rows of `width` at `stride` (truth is contiguous). Infinity is
+ * right where the truth does not fit into float32; NaN is always wrong. */
 static inline void check_close(const float *got,
                                int64_t stride,
                                const double *truth,

@@ -26,8 +26,8 @@ static inline struct kv take_kv(struct lr_kv_shape shape, int64_t n_tokens, floa
         memset(kv.blocks[i], 0, ops->kv_block_bytes(shape));
         kv.refs[i] = (struct lr_kv_ref){kv.blocks[i], i * BLOCK, (int32_t)(left < BLOCK ? left : BLOCK), 0};
     }
-    struct lr_kv_store_args store = {.shape = shape, .k = k, .k_stride = width, .v = v, .v_stride = width,
-                                     .n_rows = n_tokens, .blocks = kv.blocks};
+    struct lr_kv_store_args store = {
+        .shape = shape, .k = k, .k_stride = width, .v = v, .v_stride = width, .n_rows = n_tokens, .blocks = kv.blocks};
     ops->kv_store(&machine.execs[0], &store);
     free(k);
     free(v);

@@ -9,8 +9,12 @@ struct store_context {
 };
 
 /* out: the blocks that the rows fall into, one after the other */
-static void
-run_store(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_store(const struct lr_kernel_ops *ops,
+                      const struct lr_exec *exec,
+                      const void *context,
+                      int64_t first,
+                      int64_t n,
+                      char *out)
 {
     const struct store_context *c = context;
     struct lr_kv_store_args args = c->args;
@@ -59,8 +63,13 @@ static void check_store(struct lr_kv_shape s, int64_t position, int64_t n_rows, 
     struct store_context c = {.block_bytes = machine.tables[0]->kv_block_bytes(s)};
     float *k = take_floats((n_rows - 1) * (width + 2) + width, 1.0f, &seed);
     float *v = take_floats((n_rows - 1) * (width + 5) + width, 1e-3f, &seed);
-    c.args = (struct lr_kv_store_args){.shape = s, .k = k, .k_stride = width + 2, .v = v, .v_stride = width + 5,
-                                       .n_rows = n_rows, .position = position};
+    c.args = (struct lr_kv_store_args){.shape = s,
+                                       .k = k,
+                                       .k_stride = width + 2,
+                                       .v = v,
+                                       .v_stride = width + 5,
+                                       .n_rows = n_rows,
+                                       .position = position};
     size_t size = (size_t)n_blocks * c.block_bytes;
     char *zero = guarded(size), *out = run_everywhere(run_store, &c, n_rows, ROWS, zero, size), *want = zero;
     for (int64_t t = 0; t < n_rows; t++)
@@ -105,8 +114,9 @@ static void test_kv_store(void **state)
 static void test_bf16_rounding(void **state)
 {
     (void)state;
-    static const float values[] = {0.0f, -0.0f, 1.0f, 0x1.01p0f, 0x1.03p0f, 0x1.010002p0f, 0x1.00fffep0f, -0x1.01p0f,
-                                   -0x1.03p0f, 0x1p-130f, 0x1.fffffep-120f, 1e-42f, 3.3e38f, INFINITY, -INFINITY};
+    static const float values[] = {0.0f,          -0.0f,      1.0f,       0x1.01p0f, 0x1.03p0f,        0x1.010002p0f,
+                                   0x1.00fffep0f, -0x1.01p0f, -0x1.03p0f, 0x1p-130f, 0x1.fffffep-120f, 1e-42f,
+                                   3.3e38f,       INFINITY,   -INFINITY};
     struct lr_kv_shape s = {1, 1, COUNT(values), LR_BF16};
     for (int t = 0; t < machine.n_tables; t++) {
         const struct lr_kernel_ops *ops = machine.tables[t];
@@ -117,8 +127,13 @@ static void test_bf16_rounding(void **state)
         uint32_t bits = 0x7f800001u; /* its payload lies in the half that is cut off */
         for (int64_t i = 0; i < COUNT(values); i++)
             memcpy(&nan[i], &bits, 4);
-        struct lr_kv_store_args args = {.shape = s, .k = values, .k_stride = s.head_dim, .v = nan,
-                                        .v_stride = s.head_dim, .n_rows = 1, .blocks = blocks};
+        struct lr_kv_store_args args = {.shape = s,
+                                        .k = values,
+                                        .k_stride = s.head_dim,
+                                        .v = nan,
+                                        .v_stride = s.head_dim,
+                                        .n_rows = 1,
+                                        .blocks = blocks};
         ops->kv_store(&machine.execs[0], &args);
         for (int64_t i = 0; i < s.head_dim; i++) {
             double got = lr_ref_load(block, place_key(s, 0, 0, i), LR_BF16);
@@ -154,8 +169,12 @@ static int64_t count_blocks(const int64_t *positions, int64_t n)
 }
 
 /* out: m, l [rows, heads], o [rows, heads, dim] of the whole case */
-static void
-run_attention(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_attention(const struct lr_kernel_ops *ops,
+                          const struct lr_exec *exec,
+                          const void *context,
+                          int64_t first,
+                          int64_t n,
+                          char *out)
 {
     const struct attention_context *c = context;
     struct lr_attention_args args = c->args;
@@ -252,12 +271,20 @@ static void check_attention(const struct attention_case *c, uint64_t seed)
     for (int64_t t = 0; t < c->n_rows; t++)
         positions[t] = c->scattered ? (int64_t)(next_bits(&seed) % (uint64_t)c->n_tokens) : c->position + t;
     int64_t n_query_blocks = c->per_block ? count_blocks(positions, c->n_rows) : 0;
-    struct lr_kv_list all = {kv.refs, kv.n_blocks}, *lists = c->per_block ? take_lists(c, &kv, n_query_blocks, &seed) : &all;
-    struct attention_context context = {
-        {.shape = c->shape, .q = q, .q_stride = q_stride, .q_head_stride = head_stride, .n_rows = c->n_rows,
-         .positions = positions, .scale = c->sharpness / sqrtf((float)d), .window = c->window, .sinks = c->sinks,
-         .lists = lists, .n_lists = c->per_block ? n_query_blocks * c->shape.n_kv_heads : 1},
-        0};
+    struct lr_kv_list all = {kv.refs, kv.n_blocks},
+                      *lists = c->per_block ? take_lists(c, &kv, n_query_blocks, &seed) : &all;
+    struct attention_context context = {{.shape = c->shape,
+                                         .q = q,
+                                         .q_stride = q_stride,
+                                         .q_head_stride = head_stride,
+                                         .n_rows = c->n_rows,
+                                         .positions = positions,
+                                         .scale = c->sharpness / sqrtf((float)d),
+                                         .window = c->window,
+                                         .sinks = c->sinks,
+                                         .lists = lists,
+                                         .n_lists = c->per_block ? n_query_blocks * c->shape.n_kv_heads : 1},
+                                        0};
     size_t size = (size_t)(total * (d + 2)) * sizeof(float);
     float *before = take(size);
     for (int64_t i = 0; i < total * (d + 2); i++)
@@ -279,7 +306,10 @@ static void check_attention(const struct attention_case *c, uint64_t seed)
     free(folded);
 }
 
-#define SHAPE(heads, kv_heads, dim, dtype) {heads, kv_heads, dim, dtype}
+#define SHAPE(heads, kv_heads, dim, dtype)                                                                             \
+    {                                                                                                                  \
+        heads, kv_heads, dim, dtype                                                                                    \
+    }
 
 static void test_causal(void **state)
 {
@@ -306,8 +336,8 @@ static void test_windows(void **state)
     uint64_t seed = 200;
     for (int64_t i = 0; i < COUNT(windows); i++)
         for (int64_t j = 0; j < COUNT(sinks); j++) {
-            struct attention_case c = {SHAPE(4, 2, 24, i % 2 ? LR_BF16 : LR_F32), 460, 60, 400, windows[i], sinks[j],
-                                       1.0f, 0, 0};
+            struct attention_case c = {
+                SHAPE(4, 2, 24, i % 2 ? LR_BF16 : LR_F32), 460, 60, 400, windows[i], sinks[j], 1.0f, 0, 0};
             check_attention(&c, seed++);
             c = (struct attention_case){SHAPE(2, 1, 40, LR_F32), 140, 140, 0, windows[i], sinks[j], 1.0f, 0, 0};
             check_attention(&c, seed++);
@@ -390,9 +420,16 @@ static void test_nothing_visible(void **state)
     for (int64_t i = 0; i < COUNT(lists); i++) {
         for (int64_t t = 0; t < ROWS_HERE; t++)
             positions[t] = first[i] + t;
-        struct attention_context context = {{.shape = shape, .q = q, .q_stride = HEADS * DIM, .q_head_stride = DIM,
-                                             .n_rows = ROWS_HERE, .positions = positions, .scale = 0.2f,
-                                             .window = windows[i], .lists = &lists[i], .n_lists = 1},
+        struct attention_context context = {{.shape = shape,
+                                             .q = q,
+                                             .q_stride = HEADS * DIM,
+                                             .q_head_stride = DIM,
+                                             .n_rows = ROWS_HERE,
+                                             .positions = positions,
+                                             .scale = 0.2f,
+                                             .window = windows[i],
+                                             .lists = &lists[i],
+                                             .n_lists = 1},
                                             0};
         char *out = run_everywhere(run_attention, &context, ROWS_HERE, ROWS, before, sizeof before);
         check_same((char *)before, out, sizeof before, "all", "nothing visible");
@@ -404,8 +441,12 @@ static void test_nothing_visible(void **state)
 
 /* ---- finish ---- */
 
-static void
-run_finish(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_finish(const struct lr_kernel_ops *ops,
+                       const struct lr_exec *exec,
+                       const void *context,
+                       int64_t first,
+                       int64_t n,
+                       char *out)
 {
     struct lr_attention_finish_args args = *(const struct lr_attention_finish_args *)context;
     args.l += first * args.n_heads;
@@ -431,10 +472,10 @@ static void test_finish(void **state)
                 for (int64_t k = 0; k < d; k++)
                     truth[t * d + k] = l[t] > 0.0f ? (double)o[t * d + k] / (double)l[t] : 0.0;
             }
-            struct lr_attention_finish_args args = {.l = l, .o = o, .y_stride = stride, .n_rows = rows[i],
-                                                    .n_heads = heads, .head_dim = d};
-            char *out = run_everywhere(run_finish, &args, rows[i], ROWS, before,
-                                       (size_t)(rows[i] * stride) * sizeof *before);
+            struct lr_attention_finish_args args = {
+                .l = l, .o = o, .y_stride = stride, .n_rows = rows[i], .n_heads = heads, .head_dim = d};
+            char *out =
+                run_everywhere(run_finish, &args, rows[i], ROWS, before, (size_t)(rows[i] * stride) * sizeof *before);
             check_gaps(before, out, rows[i], width, stride);
             check_close((float *)out, stride, truth, rows[i], width, 0x1.00001p-24, 0.0);
             free(l);
@@ -475,8 +516,12 @@ static struct lr_merge_args take_partials(const struct lr_merge_args *all, const
 }
 
 /* All three steps, with the exchange between workers; out: y */
-static void
-run_merge(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_merge(const struct lr_kernel_ops *ops,
+                      const struct lr_exec *exec,
+                      const void *context,
+                      int64_t first,
+                      int64_t n,
+                      char *out)
 {
     (void)first;
     (void)n;
@@ -533,8 +578,15 @@ static void check_merge(int64_t rows, int64_t heads, int64_t d, float size, floa
             memset(o + i * d, 0, (size_t)d * sizeof *o);
         }
     }
-    struct lr_merge_args args = {.n_rows = rows, .n_heads = heads, .head_dim = d, .n_partials = PARTIALS,
-                                 .n_partials_total = PARTIALS, .m = m, .l = l, .o = o, .y_stride = stride};
+    struct lr_merge_args args = {.n_rows = rows,
+                                 .n_heads = heads,
+                                 .head_dim = d,
+                                 .n_partials = PARTIALS,
+                                 .n_partials_total = PARTIALS,
+                                 .m = m,
+                                 .l = l,
+                                 .o = o,
+                                 .y_stride = stride};
     const struct merge_context ways[] = {
         {args, 1, {4}, {{0, 1, 2, 3}}},
         {args, 1, {4}, {{2, 0, 3, 1}}},
@@ -592,8 +644,14 @@ static void test_merge_of_attention(void **state)
     for (int64_t i = 0; i < PARTIALS * TOTAL * (DIM + 2); i++)
         parts[i] = i < PARTIALS * TOTAL ? -INFINITY : 0.0f;
     struct lr_kv_list all = {kv.refs, kv.n_blocks};
-    struct lr_attention_args args = {.shape = shape, .q = q, .q_stride = HEADS * DIM, .q_head_stride = DIM, .n_rows = N,
-                                     .positions = positions, .scale = 0.2f, .n_lists = 1};
+    struct lr_attention_args args = {.shape = shape,
+                                     .q = q,
+                                     .q_stride = HEADS * DIM,
+                                     .q_head_stride = DIM,
+                                     .n_rows = N,
+                                     .positions = positions,
+                                     .scale = 0.2f,
+                                     .n_lists = 1};
     assert_int_equal(kv.n_blocks, PARTIALS);
     for (int64_t p = 0; p < PARTIALS; p++) {
         struct lr_kv_list one = {kv.refs + p, 1};
@@ -603,9 +661,18 @@ static void test_merge_of_attention(void **state)
         args.o = o + p * TOTAL * DIM;
         machine.tables[0]->attention(&machine.execs[1], &args);
     }
-    struct merge_context merge = {{.n_rows = N, .n_heads = HEADS, .head_dim = DIM, .n_partials = PARTIALS,
-                                   .n_partials_total = PARTIALS, .m = m, .l = l, .o = o, .y_stride = HEADS * DIM},
-                                  2, {1, 3}, {{2}, {0, 3, 1}}};
+    struct merge_context merge = {{.n_rows = N,
+                                   .n_heads = HEADS,
+                                   .head_dim = DIM,
+                                   .n_partials = PARTIALS,
+                                   .n_partials_total = PARTIALS,
+                                   .m = m,
+                                   .l = l,
+                                   .o = o,
+                                   .y_stride = HEADS * DIM},
+                                  2,
+                                  {1, 3},
+                                  {{2}, {0, 3, 1}}};
     char *out = run_everywhere(run_merge, &merge, N, WHOLE, before, sizeof before);
     double *y = take_doubles(TOTAL * DIM), *lse = take_doubles(TOTAL);
     args.lists = &all;
@@ -622,12 +689,18 @@ static void test_merge_of_attention(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_kv_store),         cmocka_unit_test(test_bf16_rounding),
-        cmocka_unit_test(test_causal),           cmocka_unit_test(test_windows),
-        cmocka_unit_test(test_scattered_positions), cmocka_unit_test(test_lists_of_chosen_blocks),
-        cmocka_unit_test(test_sharp_scores),     cmocka_unit_test(test_largest_heads),
-        cmocka_unit_test(test_nothing_visible),  cmocka_unit_test(test_finish),
-        cmocka_unit_test(test_merge),            cmocka_unit_test(test_merge_of_attention),
+        cmocka_unit_test(test_kv_store),
+        cmocka_unit_test(test_bf16_rounding),
+        cmocka_unit_test(test_causal),
+        cmocka_unit_test(test_windows),
+        cmocka_unit_test(test_scattered_positions),
+        cmocka_unit_test(test_lists_of_chosen_blocks),
+        cmocka_unit_test(test_sharp_scores),
+        cmocka_unit_test(test_largest_heads),
+        cmocka_unit_test(test_nothing_visible),
+        cmocka_unit_test(test_finish),
+        cmocka_unit_test(test_merge),
+        cmocka_unit_test(test_merge_of_attention),
     };
     return cmocka_run_group_tests(tests, open_machine, close_machine);
 }

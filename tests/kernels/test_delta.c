@@ -69,8 +69,14 @@ static void free_segment(struct segment *s)
 
 static struct lr_delta_segment_args segment_args(const struct segment *s)
 {
-    return (struct lr_delta_segment_args){.shape = s->shape, .q = s->q, .k = s->k, .v = s->v, .qkv_stride = s->stride,
-                                          .g = s->g, .beta = s->beta, .n_rows = s->n_rows};
+    return (struct lr_delta_segment_args){.shape = s->shape,
+                                          .q = s->q,
+                                          .k = s->k,
+                                          .v = s->v,
+                                          .qkv_stride = s->stride,
+                                          .g = s->g,
+                                          .beta = s->beta,
+                                          .n_rows = s->n_rows};
 }
 
 /* Where the outputs of a segment lie in one buffer of floats: m, b, s_out (by fold), o. */
@@ -89,8 +95,12 @@ static struct outputs place_outputs(struct lr_delta_shape s, int64_t n_rows)
 }
 
 /* Summary, fold and output, with `work` full of NaN at first. */
-static void
-run_segment(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_segment(const struct lr_kernel_ops *ops,
+                        const struct lr_exec *exec,
+                        const void *context,
+                        int64_t first,
+                        int64_t n,
+                        char *out)
 {
     (void)first;
     (void)n;
@@ -223,8 +233,12 @@ static void test_segments_compose(void **state)
 
 /* ---- fold alone ---- */
 
-static void
-run_fold(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_fold(const struct lr_kernel_ops *ops,
+                     const struct lr_exec *exec,
+                     const void *context,
+                     int64_t first,
+                     int64_t n,
+                     char *out)
 {
     (void)first;
     (void)n;
@@ -267,8 +281,12 @@ struct step_context {
 };
 
 /* out: the rows' states, then o */
-static void
-run_step(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_step(const struct lr_kernel_ops *ops,
+                     const struct lr_exec *exec,
+                     const void *context,
+                     int64_t first,
+                     int64_t n,
+                     char *out)
 {
     const struct step_context *c = context;
     const struct segment *s = c->tokens;
@@ -276,12 +294,17 @@ run_step(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void
     float **states = take((size_t)n * sizeof *states);
     for (int64_t i = 0; i < n; i++)
         states[i] = (float *)out + (first + i) * state_floats;
-    struct lr_delta_step_args args = {.shape = s->shape, .q = s->q + first * s->stride, .k = s->k + first * s->stride,
-                                      .v = s->v + first * s->stride, .qkv_stride = s->stride,
+    struct lr_delta_step_args args = {.shape = s->shape,
+                                      .q = s->q + first * s->stride,
+                                      .k = s->k + first * s->stride,
+                                      .v = s->v + first * s->stride,
+                                      .qkv_stride = s->stride,
                                       .g = s->g + first * s->shape.n_v_heads,
-                                      .beta = s->beta + first * s->shape.n_v_heads, .states = states,
+                                      .beta = s->beta + first * s->shape.n_v_heads,
+                                      .states = states,
                                       .o = (float *)out + s->n_rows * state_floats + first * c->o_stride,
-                                      .o_stride = c->o_stride, .n_rows = n};
+                                      .o_stride = c->o_stride,
+                                      .n_rows = n};
     ops->delta_step(exec, &args);
     free(states);
 }
@@ -296,8 +319,15 @@ static void check_step(struct lr_delta_shape shape, int64_t n_rows, enum gates g
     float **states = take((size_t)n_rows * sizeof *states);
     for (int64_t i = 0; i < n_rows; i++)
         states[i] = before + i * state_floats;
-    struct lr_delta_step_args args = {.shape = shape, .q = s.q, .k = s.k, .v = s.v, .qkv_stride = s.stride, .g = s.g,
-                                      .beta = s.beta, .states = states, .n_rows = n_rows};
+    struct lr_delta_step_args args = {.shape = shape,
+                                      .q = s.q,
+                                      .k = s.k,
+                                      .v = s.v,
+                                      .qkv_stride = s.stride,
+                                      .g = s.g,
+                                      .beta = s.beta,
+                                      .states = states,
+                                      .n_rows = n_rows};
     lr_ref_delta_step(&args, states_truth, o_truth);
     struct step_context context = {&s, o_stride};
     float *out = (float *)run_everywhere(run_step, &context, n_rows, ROWS, before,
@@ -341,10 +371,17 @@ static void test_steps_follow_segment(void **state)
     float *step_state = take((size_t)state_floats * sizeof *step_state), *o = take((size_t)(N * width) * sizeof *o);
     memcpy(step_state, s.s_in, (size_t)state_floats * sizeof *step_state);
     for (int64_t t = 0; t < N; t++) {
-        struct lr_delta_step_args step = {.shape = shape, .q = s.q + t * s.stride, .k = s.k + t * s.stride,
-                                          .v = s.v + t * s.stride, .qkv_stride = s.stride,
-                                          .g = s.g + t * shape.n_v_heads, .beta = s.beta + t * shape.n_v_heads,
-                                          .states = &step_state, .o = o + t * width, .o_stride = width, .n_rows = 1};
+        struct lr_delta_step_args step = {.shape = shape,
+                                          .q = s.q + t * s.stride,
+                                          .k = s.k + t * s.stride,
+                                          .v = s.v + t * s.stride,
+                                          .qkv_stride = s.stride,
+                                          .g = s.g + t * shape.n_v_heads,
+                                          .beta = s.beta + t * shape.n_v_heads,
+                                          .states = &step_state,
+                                          .o = o + t * width,
+                                          .o_stride = width,
+                                          .n_rows = 1};
         machine.tables[0]->delta_step(&machine.execs[0], &step);
     }
     double tolerance = 0x1p-24 * (8.0 + sqrt((double)N));
@@ -359,10 +396,14 @@ static void test_steps_follow_segment(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_segment),          cmocka_unit_test(test_segment_gates),
-        cmocka_unit_test(test_segment_large_heads), cmocka_unit_test(test_empty_segment),
-        cmocka_unit_test(test_segments_compose), cmocka_unit_test(test_fold),
-        cmocka_unit_test(test_step),             cmocka_unit_test(test_steps_follow_segment),
+        cmocka_unit_test(test_segment),
+        cmocka_unit_test(test_segment_gates),
+        cmocka_unit_test(test_segment_large_heads),
+        cmocka_unit_test(test_empty_segment),
+        cmocka_unit_test(test_segments_compose),
+        cmocka_unit_test(test_fold),
+        cmocka_unit_test(test_step),
+        cmocka_unit_test(test_steps_follow_segment),
     };
     return cmocka_run_group_tests(tests, open_machine, close_machine);
 }

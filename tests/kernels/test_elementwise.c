@@ -12,8 +12,12 @@ struct embed_context {
     const int32_t *ids;
 };
 
-static void
-run_embed(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_embed(const struct lr_kernel_ops *ops,
+                      const struct lr_exec *exec,
+                      const void *context,
+                      int64_t first,
+                      int64_t n,
+                      char *out)
 {
     const struct embed_context *e = context;
     ops->embed(exec, e->table, e->dtype, e->d, e->ids + first, n, (float *)out + first * e->d);
@@ -55,8 +59,12 @@ static double norm_tolerance(int64_t n)
     return 0x1p-24 * ((double)n / 32.0 + 8.0);
 }
 
-static void
-run_rmsnorm(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_rmsnorm(const struct lr_kernel_ops *ops,
+                        const struct lr_exec *exec,
+                        const void *context,
+                        int64_t first,
+                        int64_t n,
+                        char *out)
 {
     struct lr_rmsnorm_args args = *(const struct lr_rmsnorm_args *)context;
     args.y = (float *)out + first * args.y_stride;
@@ -71,8 +79,14 @@ static void check_rmsnorm(int64_t rows, int64_t cols, int plus_one, int in_place
     float *x = take_floats(rows * stride, size, &seed), *y = take_floats(rows * stride, 1.0f, &seed);
     float *w = take_floats(cols, 1.0f, &seed);
     double *truth = take_doubles(rows * cols);
-    struct lr_rmsnorm_args args = {.x = x, .x_stride = stride, .w = w, .y_stride = stride, .n_rows = rows,
-                                   .n_cols = cols, .eps = 1e-6f, .plus_one = plus_one};
+    struct lr_rmsnorm_args args = {.x = x,
+                                   .x_stride = stride,
+                                   .w = w,
+                                   .y_stride = stride,
+                                   .n_rows = rows,
+                                   .n_cols = cols,
+                                   .eps = 1e-6f,
+                                   .plus_one = plus_one};
     lr_ref_rmsnorm(&args, truth);
     const float *before = in_place ? x : y;
     args.x = in_place ? NULL : x;
@@ -95,13 +109,17 @@ static void test_rmsnorm(void **state)
         for (int64_t j = 0; j < COUNT(widths); j++)
             for (int mode = 0; mode < 4; mode++)
                 check_rmsnorm(row_counts[i], widths[j], mode & 1, mode >> 1, 2.0f, seed++);
-    check_rmsnorm(5, 40, 1, 0, 0.0f, 1);    /* zeros: eps alone */
-    check_rmsnorm(5, 40, 1, 0, 1e-4f, 2);   /* eps counts */
+    check_rmsnorm(5, 40, 1, 0, 0.0f, 1);  /* zeros: eps alone */
+    check_rmsnorm(5, 40, 1, 0, 1e-4f, 2); /* eps counts */
     check_rmsnorm(5, 40, 0, 0, 1e15f, 3);
 }
 
-static void
-run_gated_rmsnorm(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_gated_rmsnorm(const struct lr_kernel_ops *ops,
+                              const struct lr_exec *exec,
+                              const void *context,
+                              int64_t first,
+                              int64_t n,
+                              char *out)
 {
     struct lr_gated_rmsnorm_args args = *(const struct lr_gated_rmsnorm_args *)context;
     args.y = (float *)out + first * args.y_stride;
@@ -123,9 +141,16 @@ static void test_gated_rmsnorm(void **state)
                 float *x = take_floats(rows * stride, 2.0f, &seed), *y = take_floats(rows * stride, 1.0f, &seed);
                 float *z = take_floats(rows * (width + 1), 30.0f, &seed), *w = take_floats(dims[j], 2.0f, &seed);
                 double *truth = take_doubles(rows * width);
-                struct lr_gated_rmsnorm_args args = {.x = x, .x_stride = stride, .z = z, .z_stride = width + 1, .w = w,
-                                                     .y_stride = stride, .n_rows = rows, .n_heads = heads,
-                                                     .head_dim = dims[j], .eps = 1e-6f};
+                struct lr_gated_rmsnorm_args args = {.x = x,
+                                                     .x_stride = stride,
+                                                     .z = z,
+                                                     .z_stride = width + 1,
+                                                     .w = w,
+                                                     .y_stride = stride,
+                                                     .n_rows = rows,
+                                                     .n_heads = heads,
+                                                     .head_dim = dims[j],
+                                                     .eps = 1e-6f};
                 lr_ref_gated_rmsnorm(&args, truth);
                 const float *before = in_place ? x : y;
                 args.x = in_place ? NULL : x;
@@ -142,8 +167,12 @@ static void test_gated_rmsnorm(void **state)
             }
 }
 
-static void
-run_norm_rope(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_norm_rope(const struct lr_kernel_ops *ops,
+                          const struct lr_exec *exec,
+                          const void *context,
+                          int64_t first,
+                          int64_t n,
+                          char *out)
 {
     struct lr_norm_rope_args args = *(const struct lr_norm_rope_args *)context;
     args.x = (float *)out + first * args.x_stride;
@@ -159,9 +188,17 @@ static void check_norm_rope(int64_t rows, int64_t heads, int64_t dim, int64_t ro
     float *x = take_floats(rows * stride, 2.0f, &seed), *w = take_floats(dim, 0.5f, &seed);
     float *cosine = take_floats(rows * half, 1.0f, &seed), *sine = take_floats(rows * half, 1.0f, &seed);
     double *truth = take_doubles(rows * heads * dim);
-    struct lr_norm_rope_args args = {.x = x, .x_stride = stride, .n_rows = rows, .n_heads = heads,
-                                     .head_stride = head_stride, .head_dim = dim, .rotary_dim = rotary, .w = w,
-                                     .cos = cosine, .sin = sine, .eps = 1e-6f};
+    struct lr_norm_rope_args args = {.x = x,
+                                     .x_stride = stride,
+                                     .n_rows = rows,
+                                     .n_heads = heads,
+                                     .head_stride = head_stride,
+                                     .head_dim = dim,
+                                     .rotary_dim = rotary,
+                                     .w = w,
+                                     .cos = cosine,
+                                     .sin = sine,
+                                     .eps = 1e-6f};
     lr_ref_norm_rope(&args, truth);
     float *out = (float *)run_everywhere(run_norm_rope, &args, rows, ROWS, x, (size_t)(rows * stride) * sizeof *x);
     check_gaps(x, out, rows, heads * head_stride, stride);
@@ -193,8 +230,12 @@ static void test_norm_rope(void **state)
     }
 }
 
-static void
-run_l2norm(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_l2norm(const struct lr_kernel_ops *ops,
+                       const struct lr_exec *exec,
+                       const void *context,
+                       int64_t first,
+                       int64_t n,
+                       char *out)
 {
     struct lr_l2norm_args args = *(const struct lr_l2norm_args *)context;
     args.x = (float *)out + first * args.x_stride;
@@ -212,8 +253,13 @@ static void test_l2norm(void **state)
             int64_t rows = row_counts[i], heads = 3, width = heads * dims[j], stride = width + 7;
             float *x = take_floats(rows * stride, j % 2 ? 1.0f : 1e-3f, &seed);
             double *truth = take_doubles(rows * width);
-            struct lr_l2norm_args args = {.x = x, .x_stride = stride, .n_rows = rows, .n_heads = heads,
-                                          .head_dim = dims[j], .eps = 1e-6f, .scale = 0.125f};
+            struct lr_l2norm_args args = {.x = x,
+                                          .x_stride = stride,
+                                          .n_rows = rows,
+                                          .n_heads = heads,
+                                          .head_dim = dims[j],
+                                          .eps = 1e-6f,
+                                          .scale = 0.125f};
             lr_ref_l2norm(&args, truth);
             char *out = run_everywhere(run_l2norm, &args, rows, ROWS, x, (size_t)(rows * stride) * sizeof *x);
             check_gaps(x, out, rows, width, stride);
@@ -232,8 +278,12 @@ struct conv_context {
 };
 
 /* A row's tail is the rows before it, wherever the batch begins. */
-static void
-run_conv(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_conv(const struct lr_kernel_ops *ops,
+                     const struct lr_exec *exec,
+                     const void *context,
+                     int64_t first,
+                     int64_t n,
+                     char *out)
 {
     const struct conv_context *c = context;
     struct lr_conv_args args = c->args;
@@ -253,8 +303,15 @@ static void check_conv(int64_t rows, int64_t channels, int64_t taps, enum lr_act
     for (int64_t t = 0; t < rows; t++)
         memcpy(x + t * x_stride, history + (taps - 1 + t) * channels, (size_t)channels * sizeof *x);
     double *truth = take_doubles(rows * channels);
-    struct conv_context context = {{.x = x, .x_stride = x_stride, .w = w, .tail = history, .y_stride = y_stride,
-                                    .n_rows = rows, .n_channels = channels, .n_taps = taps, .activation = activation},
+    struct conv_context context = {{.x = x,
+                                    .x_stride = x_stride,
+                                    .w = w,
+                                    .tail = history,
+                                    .y_stride = y_stride,
+                                    .n_rows = rows,
+                                    .n_channels = channels,
+                                    .n_taps = taps,
+                                    .activation = activation},
                                    history};
     lr_ref_conv(&context.args, truth);
     char *out = run_everywhere(run_conv, &context, rows, ROWS, y, (size_t)(rows * y_stride) * sizeof *y);
@@ -282,10 +339,10 @@ static void test_conv(void **state)
 /* ---- gates ---- */
 
 /* What exp, sigmoid and softplus meet at the edges; index 0 .. COUNT. */
-static const float extremes[] = {0.0f,    -0.0f,   1.0f,     -1.0f,    1e-7f,   -1e-7f, 1e-30f,   -1e-30f, 19.99f,
-                                 20.0f,   20.001f, 21.0f,    -15.0f,   -20.0f,  50.0f,  -50.0f,   -87.0f,  -87.29f,
-                                 -87.31f, 87.31f,  88.36f,   88.38f,   100.0f,  -100.0f, 1e4f,    -1e4f,   3e38f,
-                                 -3e38f,  1e-40f,  -1e-40f,  0.6931472f, 16.7f, -16.7f, -103.97f, 104.0f,  2.5f};
+static const float extremes[] = {0.0f,    -0.0f,   1.0f,    -1.0f,      1e-7f,  -1e-7f,  1e-30f,   -1e-30f, 19.99f,
+                                 20.0f,   20.001f, 21.0f,   -15.0f,     -20.0f, 50.0f,   -50.0f,   -87.0f,  -87.29f,
+                                 -87.31f, 87.31f,  88.36f,  88.38f,     100.0f, -100.0f, 1e4f,     -1e4f,   3e38f,
+                                 -3e38f,  1e-40f,  -1e-40f, 0.6931472f, 16.7f,  -16.7f,  -103.97f, 104.0f,  2.5f};
 
 struct gates_context {
     struct lr_delta_gates_args args;
@@ -293,8 +350,12 @@ struct gates_context {
 };
 
 /* out: beta [n_rows, n_heads], then g */
-static void
-run_delta_gates(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_delta_gates(const struct lr_kernel_ops *ops,
+                            const struct lr_exec *exec,
+                            const void *context,
+                            int64_t first,
+                            int64_t n,
+                            char *out)
 {
     const struct gates_context *c = context;
     struct lr_delta_gates_args args = c->args;
@@ -322,13 +383,19 @@ static void check_delta_gates(int64_t rows, int64_t heads, int indexed, int extr
     for (int64_t h = 0; extreme && h < heads; h++)
         dt_bias[h] = 0.0f;
     double *beta = take_doubles(rows * heads), *g = take_doubles(rows * heads);
-    struct gates_context context = {{.b = ba, .a = indexed ? ba : ba + heads, .ba_stride = stride,
-                                     .b_index = indexed ? index : NULL, .a_index = indexed ? index + heads : NULL,
-                                     .a_log = a_log, .dt_bias = dt_bias, .n_rows = rows, .n_heads = heads},
+    struct gates_context context = {{.b = ba,
+                                     .a = indexed ? ba : ba + heads,
+                                     .ba_stride = stride,
+                                     .b_index = indexed ? index : NULL,
+                                     .a_index = indexed ? index + heads : NULL,
+                                     .a_log = a_log,
+                                     .dt_bias = dt_bias,
+                                     .n_rows = rows,
+                                     .n_heads = heads},
                                     rows};
     lr_ref_delta_gates(&context.args, beta, g);
-    float *out = (float *)run_everywhere(run_delta_gates, &context, rows, ROWS, zero,
-                                         (size_t)(2 * rows * heads) * sizeof *out);
+    float *out =
+        (float *)run_everywhere(run_delta_gates, &context, rows, ROWS, zero, (size_t)(2 * rows * heads) * sizeof *out);
     check_close(out, heads, beta, rows, heads, 4e-7, 1.3e-38);
     /* a + dt_bias rounds: half an ulp of up to 7 before softplus, whose slope is below its value's at -7 */
     check_close(out + rows * heads, heads, g, rows, heads, extreme ? 8e-7 : 1.5e-6, 30.0 * 1.3e-38);
@@ -355,8 +422,12 @@ static void test_delta_gates(void **state)
                 check_delta_gates(row_counts[i], heads[j], mode & 1, mode >> 1, seed++);
 }
 
-static void
-run_sigmoid_gate(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_sigmoid_gate(const struct lr_kernel_ops *ops,
+                             const struct lr_exec *exec,
+                             const void *context,
+                             int64_t first,
+                             int64_t n,
+                             char *out)
 {
     struct lr_sigmoid_gate_args args = *(const struct lr_sigmoid_gate_args *)context;
     args.y = (float *)out + first * args.y_stride;
@@ -368,15 +439,22 @@ run_sigmoid_gate(const struct lr_kernel_ops *ops, const struct lr_exec *exec, co
 
 static void check_sigmoid_gate(int64_t rows, int64_t dim, int in_place, int extreme, uint64_t seed)
 {
-    int64_t heads = 3, width = heads * dim, stride = width + 2, head_stride = 2 * dim, gate_stride = heads * head_stride + 1;
+    int64_t heads = 3, width = heads * dim, stride = width + 2, head_stride = 2 * dim,
+            gate_stride = heads * head_stride + 1;
     float *x = take_floats(rows * stride, 2.0f, &seed), *y = take_floats(rows * stride, 1.0f, &seed);
     float *gate = take_floats(rows * gate_stride, 10.0f, &seed);
     for (int64_t i = 0; extreme && i < rows * gate_stride; i++)
         gate[i] = extremes[i % COUNT(extremes)];
     double *truth = take_doubles(rows * width);
-    struct lr_sigmoid_gate_args args = {.x = x, .x_stride = stride, .gate = gate, .gate_stride = gate_stride,
-                                        .gate_head_stride = head_stride, .y_stride = stride, .n_rows = rows,
-                                        .n_heads = heads, .head_dim = dim};
+    struct lr_sigmoid_gate_args args = {.x = x,
+                                        .x_stride = stride,
+                                        .gate = gate,
+                                        .gate_stride = gate_stride,
+                                        .gate_head_stride = head_stride,
+                                        .y_stride = stride,
+                                        .n_rows = rows,
+                                        .n_heads = heads,
+                                        .head_dim = dim};
     lr_ref_sigmoid_gate(&args, truth);
     const float *before = in_place ? x : y;
     args.x = in_place ? NULL : x;
@@ -413,16 +491,28 @@ static void spread(float *x, float low, float high)
 }
 
 /* g of a_log and dt_bias into `g`, sigmoid(b) into `beta` */
-static void grid_gates(const struct lr_kernel_ops *ops, const float *b, const float *a_log, const float *dt_bias,
-                       const float *zero, float *beta, float *g)
+static void grid_gates(const struct lr_kernel_ops *ops,
+                       const float *b,
+                       const float *a_log,
+                       const float *dt_bias,
+                       const float *zero,
+                       float *beta,
+                       float *g)
 {
-    struct lr_delta_gates_args args = {.b = b, .a = zero, .ba_stride = GRID, .a_log = a_log, .dt_bias = dt_bias,
-                                       .beta = beta, .g = g, .n_rows = 1, .n_heads = GRID};
+    struct lr_delta_gates_args args = {.b = b,
+                                       .a = zero,
+                                       .ba_stride = GRID,
+                                       .a_log = a_log,
+                                       .dt_bias = dt_bias,
+                                       .beta = beta,
+                                       .g = g,
+                                       .n_rows = 1,
+                                       .n_heads = GRID};
     ops->delta_gates(&machine.execs[0], &args);
 }
 
-static void check_grid(const struct lr_kernel_ops *ops, float *x, float *level, const float *zero, float *beta, float *g,
-                       double *truth)
+static void check_grid(
+    const struct lr_kernel_ops *ops, float *x, float *level, const float *zero, float *beta, float *g, double *truth)
 {
     spread(x, -87.0f, 84.0f);
     spread(level, 64.0f, 64.0f);
@@ -441,8 +531,16 @@ static void check_grid(const struct lr_kernel_ops *ops, float *x, float *level, 
     check_close(beta, GRID, truth, 1, GRID, 0x1.8p-23, 0.0);
 
     spread(level, 1.0f, 1.0f);
-    struct lr_conv_args conv = {.x = x, .x_stride = GRID, .w = level, .tail = zero, .y = g, .y_stride = GRID,
-                                .n_rows = 1, .n_channels = GRID, .n_taps = 1, .activation = LR_ACT_SILU};
+    struct lr_conv_args conv = {.x = x,
+                                .x_stride = GRID,
+                                .w = level,
+                                .tail = zero,
+                                .y = g,
+                                .y_stride = GRID,
+                                .n_rows = 1,
+                                .n_channels = GRID,
+                                .n_taps = 1,
+                                .activation = LR_ACT_SILU};
     ops->conv(&machine.execs[0], &conv);
     for (int64_t i = 0; i < GRID; i++)
         truth[i] *= (double)x[i];
@@ -464,8 +562,8 @@ static void test_functions_on_a_grid(void **state)
 
 /* ---- rotary tables ---- */
 
-static void check_rope_table(const int64_t *positions, int64_t n_rows, const double *inv_freq, int64_t n_freq,
-                             double factor, double absolute)
+static void check_rope_table(
+    const int64_t *positions, int64_t n_rows, const double *inv_freq, int64_t n_freq, double factor, double absolute)
 {
     float *cosine = (float *)guarded((size_t)(n_rows * n_freq) * sizeof *cosine);
     float *sine = (float *)guarded((size_t)(n_rows * n_freq) * sizeof *sine);
@@ -521,11 +619,16 @@ static void test_rope_table_reduction(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_embed),         cmocka_unit_test(test_rmsnorm),
-        cmocka_unit_test(test_gated_rmsnorm), cmocka_unit_test(test_norm_rope),
-        cmocka_unit_test(test_l2norm),        cmocka_unit_test(test_conv),
-        cmocka_unit_test(test_delta_gates),   cmocka_unit_test(test_sigmoid_gate),
-        cmocka_unit_test(test_functions_on_a_grid), cmocka_unit_test(test_rope_table),
+        cmocka_unit_test(test_embed),
+        cmocka_unit_test(test_rmsnorm),
+        cmocka_unit_test(test_gated_rmsnorm),
+        cmocka_unit_test(test_norm_rope),
+        cmocka_unit_test(test_l2norm),
+        cmocka_unit_test(test_conv),
+        cmocka_unit_test(test_delta_gates),
+        cmocka_unit_test(test_sigmoid_gate),
+        cmocka_unit_test(test_functions_on_a_grid),
+        cmocka_unit_test(test_rope_table),
         cmocka_unit_test(test_rope_table_reduction),
     };
     return cmocka_run_group_tests(tests, open_machine, close_machine);

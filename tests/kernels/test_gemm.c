@@ -38,8 +38,14 @@ static void check_gemm(const struct gemm_case *c, uint64_t seed)
     float *a = take_floats((c->n_rows - 1) * a_stride + c->k, 1.0f, &seed);
     float *bias = take_floats(c->n, 1.0f, &seed), *y = take_floats(c->n_rows * y_stride, 1.0f, &seed);
     double *truth = take_doubles(c->n_rows * c->n);
-    struct lr_gemm_args args = {.a = a, .a_stride = a_stride, .w = &w, .bias = c->bias ? bias : NULL, .y = y,
-                                .y_stride = y_stride, .n_rows = c->n_rows, .activation = c->activation,
+    struct lr_gemm_args args = {.a = a,
+                                .a_stride = a_stride,
+                                .w = &w,
+                                .bias = c->bias ? bias : NULL,
+                                .y = y,
+                                .y_stride = y_stride,
+                                .n_rows = c->n_rows,
+                                .activation = c->activation,
                                 .accumulate = c->accumulate};
     lr_ref_gemm(&args, truth);
     char *out = run_everywhere(run_gemm, &args, c->n_rows, ROWS, y, (size_t)(c->n_rows * y_stride) * sizeof *y);
@@ -196,9 +202,15 @@ static void run_experts(const struct lr_kernel_ops *ops,
     }
     size_t hidden_bytes = (size_t)(n * e->c->ffn) * sizeof(float);
     char *hidden = guarded(hidden_bytes);
-    struct lr_experts_args args = {.x = e->x + first * e->c->d, .y = (float *)out + first * e->c->d, .hidden = hidden,
-                                   .offsets = offsets, .n_experts = e->c->n_experts, .gate = e->gate, .up = e->up,
-                                   .down = e->down, .activation = e->c->activation};
+    struct lr_experts_args args = {.x = e->x + first * e->c->d,
+                                   .y = (float *)out + first * e->c->d,
+                                   .hidden = hidden,
+                                   .offsets = offsets,
+                                   .n_experts = e->c->n_experts,
+                                   .gate = e->gate,
+                                   .up = e->up,
+                                   .down = e->down,
+                                   .activation = e->c->activation};
     ops->experts(exec, &args);
     check_guard(hidden, hidden_bytes);
     free(hidden);
@@ -218,8 +230,13 @@ static void check_experts(const struct experts_case *c, uint64_t seed)
     float *x = take_floats(n_rows * c->d, 0.3f, &seed), *y = take_floats(n_rows * c->d, 1.0f, &seed);
     double *truth = take_doubles(n_rows * c->d), *hidden = take_doubles(c->ffn);
     struct experts_context context = {c, x, offsets, gate, up, down};
-    struct lr_experts_args args = {.x = x, .offsets = offsets, .n_experts = c->n_experts, .gate = gate, .up = up,
-                                   .down = down, .activation = c->activation};
+    struct lr_experts_args args = {.x = x,
+                                   .offsets = offsets,
+                                   .n_experts = c->n_experts,
+                                   .gate = gate,
+                                   .up = up,
+                                   .down = down,
+                                   .activation = c->activation};
     lr_ref_experts(&args, hidden, truth);
     float *out = (float *)run_everywhere(run_experts, &context, n_rows, ROWS, y, (size_t)(n_rows * c->d) * sizeof *y);
     /* hidden values are of size d / 30, each with a relative error of about sqrt(d) half-ulps */
@@ -266,10 +283,10 @@ static void test_experts_without_rows(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_weight_pack),       cmocka_unit_test(test_every_half),
-        cmocka_unit_test(test_gemm_shapes),       cmocka_unit_test(test_gemm_endings),
-        cmocka_unit_test(test_gemm_many_tasks),   cmocka_unit_test(test_gemm_no_rows),
-        cmocka_unit_test(test_experts),           cmocka_unit_test(test_experts_without_rows),
+        cmocka_unit_test(test_weight_pack),     cmocka_unit_test(test_every_half),
+        cmocka_unit_test(test_gemm_shapes),     cmocka_unit_test(test_gemm_endings),
+        cmocka_unit_test(test_gemm_many_tasks), cmocka_unit_test(test_gemm_no_rows),
+        cmocka_unit_test(test_experts),         cmocka_unit_test(test_experts_without_rows),
     };
     return cmocka_run_group_tests(tests, open_machine, close_machine);
 }

@@ -8,8 +8,12 @@ struct router_context {
 };
 
 /* out: ids [n_rows, top_k] of the whole case, then weights */
-static void
-run_router(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_router(const struct lr_kernel_ops *ops,
+                       const struct lr_exec *exec,
+                       const void *context,
+                       int64_t first,
+                       int64_t n,
+                       char *out)
 {
     struct lr_router_args args = ((const struct router_context *)context)->args;
     int64_t total = args.n_rows * args.top_k;
@@ -39,8 +43,8 @@ static void check_router(int64_t n_rows, int64_t n_experts, int64_t top_k, int r
     int64_t n = n_rows * top_k;
     double *p = take_doubles(n_rows * n_experts), *weights = take_doubles(n);
     int32_t *ids = take((size_t)n * sizeof *ids);
-    struct router_context c = {{.logits = logits, .n_rows = n_rows, .n_experts = n_experts, .top_k = top_k,
-                                .renormalize = renormalize}};
+    struct router_context c = {
+        {.logits = logits, .n_rows = n_rows, .n_experts = n_experts, .top_k = top_k, .renormalize = renormalize}};
     lr_ref_router(&c.args, p, ids, weights);
     char *out = route(&c);
     for (int64_t i = 0; i < n; i++)
@@ -134,8 +138,12 @@ struct gather_context {
     const int64_t *rows;
 };
 
-static void
-run_gather(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_gather(const struct lr_kernel_ops *ops,
+                       const struct lr_exec *exec,
+                       const void *context,
+                       int64_t first,
+                       int64_t n,
+                       char *out)
 {
     const struct gather_context *c = context;
     ops->gather_rows(exec, c->x, c->d, c->rows + first, n, (float *)out + first * c->d);
@@ -164,8 +172,12 @@ static void test_gather_rows(void **state)
 
 /* ---- combine ---- */
 
-static void
-run_combine(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_combine(const struct lr_kernel_ops *ops,
+                        const struct lr_exec *exec,
+                        const void *context,
+                        int64_t first,
+                        int64_t n,
+                        char *out)
 {
     struct lr_moe_combine_args args = *(const struct lr_moe_combine_args *)context;
     args.x = (float *)out + first * args.d;
@@ -189,8 +201,14 @@ static void check_combine(int64_t n_rows, int64_t d, int64_t top_k, int shared, 
         row_of[i] = n_routed - 1 - i;
     double *truth = take_doubles(n_rows * d);
     gate[0] = -200.0f;
-    struct lr_moe_combine_args args = {.x = x, .n_rows = n_rows, .d = d, .top_k = top_k, .weights = weights,
-                                       .row_of = row_of, .y = y, .shared = shared ? common : NULL,
+    struct lr_moe_combine_args args = {.x = x,
+                                       .n_rows = n_rows,
+                                       .d = d,
+                                       .top_k = top_k,
+                                       .weights = weights,
+                                       .row_of = row_of,
+                                       .y = y,
+                                       .shared = shared ? common : NULL,
                                        .shared_gate = shared == 2 ? gate : NULL};
     lr_ref_moe_combine(&args, truth);
     float *out = (float *)run_everywhere(run_combine, &args, n_rows, ROWS, x, (size_t)(n_rows * d) * sizeof *out);
@@ -220,8 +238,10 @@ static void test_combine(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_router),      cmocka_unit_test(test_router_all_equal),
-        cmocka_unit_test(test_router_of_nonsense), cmocka_unit_test(test_gather_rows),
+        cmocka_unit_test(test_router),
+        cmocka_unit_test(test_router_all_equal),
+        cmocka_unit_test(test_router_of_nonsense),
+        cmocka_unit_test(test_gather_rows),
         cmocka_unit_test(test_combine),
     };
     return cmocka_run_group_tests(tests, open_machine, close_machine);

@@ -9,8 +9,12 @@ struct summary_context {
 };
 
 /* out: mean, min, max [n_blocks, n_kv_heads, head_dim] of the whole case; `rows` are blocks */
-static void
-run_summary(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_summary(const struct lr_kernel_ops *ops,
+                        const struct lr_exec *exec,
+                        const void *context,
+                        int64_t first,
+                        int64_t n,
+                        char *out)
 {
     const struct summary_context *c = context;
     struct lr_block_summary_args args = c->args;
@@ -37,8 +41,8 @@ static void check_summary(struct lr_kv_shape shape, int64_t n_tokens, uint64_t s
     struct summary_context c = {{.shape = shape, .blocks = kv.refs, .n_blocks = kv.n_blocks}, 7};
     lr_ref_block_summary(&c.args, truth, truth + total, truth + 2 * total);
     for (c.parts = 0; c.parts < 8; c.parts++) {
-        float *out = (float *)run_everywhere(run_summary, &c, kv.n_blocks, ROWS, before,
-                                             (size_t)(3 * total) * sizeof *out);
+        float *out =
+            (float *)run_everywhere(run_summary, &c, kv.n_blocks, ROWS, before, (size_t)(3 * total) * sizeof *out);
         for (int part = 0; part < 3; part++)
             if (c.parts >> part & 1)
                 check_close(out + part * total, total, truth + part * total, 1, total, 0.0, part == 0 ? 3e-7 : 0.0);
@@ -68,8 +72,12 @@ static void test_block_summary(void **state)
 /* ---- selection ---- */
 
 /* `rows` are query blocks of 128 queries */
-static void
-run_select(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_select(const struct lr_kernel_ops *ops,
+                       const struct lr_exec *exec,
+                       const void *context,
+                       int64_t first,
+                       int64_t n,
+                       char *out)
 {
     struct lr_block_select_args args = *(const struct lr_block_select_args *)context;
     int64_t left = args.n_rows - first * BLOCK;
@@ -131,13 +139,20 @@ static void check_select(const struct select_case *c, int whole_numbers, uint64_
     int32_t *before = take((size_t)n_chosen * sizeof *before), *want = take((size_t)n_chosen * sizeof *want);
     memset(before, 0x77, (size_t)n_chosen * sizeof *before);
     double *scores = take_doubles(n_lists * c->n_blocks);
-    struct lr_block_select_args args = {.shape = s, .q = q, .q_stride = q_stride, .q_head_stride = head_stride,
-                                        .n_rows = c->n_rows, .position = c->position, .window = c->window,
-                                        .sinks = c->sinks, .block_means = means, .n_blocks = c->n_blocks,
+    struct lr_block_select_args args = {.shape = s,
+                                        .q = q,
+                                        .q_stride = q_stride,
+                                        .q_head_stride = head_stride,
+                                        .n_rows = c->n_rows,
+                                        .position = c->position,
+                                        .window = c->window,
+                                        .sinks = c->sinks,
+                                        .block_means = means,
+                                        .n_blocks = c->n_blocks,
                                         .top_k = c->top_k};
     lr_ref_block_select(&args, scores, want);
-    int32_t *out = (int32_t *)run_everywhere(run_select, &args, n_query_blocks, ROWS, before,
-                                             (size_t)n_chosen * sizeof *out);
+    int32_t *out =
+        (int32_t *)run_everywhere(run_select, &args, n_query_blocks, ROWS, before, (size_t)n_chosen * sizeof *out);
     for (int64_t i = 0; i < n_lists; i++)
         check_choice(scores + i * c->n_blocks, out + i * c->top_k, c->n_blocks, c->top_k);
     for (int64_t i = 0; whole_numbers && i < n_chosen; i++)
@@ -158,8 +173,8 @@ static void test_block_select(void **state)
         {{4, 2, 40, LR_F32}, 1, 128 * 20, 100, 4, 21, 8},
         {{2, 1, 16, LR_F32}, 128, 128 * 50, 128, 128, 50, 1},
         {{8, 2, 7, LR_F32}, 500, 128 * 40, 1000, 129, 40, 16},
-        {{3, 3, 24, LR_F32}, 300, 0, 0, 0, 3, 4},       /* the first block has no candidates, the next ones few */
-        {{2, 2, 24, LR_F32}, 129, 256, 4096, 0, 4, 3},  /* the window covers everything */
+        {{3, 3, 24, LR_F32}, 300, 0, 0, 0, 3, 4},        /* the first block has no candidates, the next ones few */
+        {{2, 2, 24, LR_F32}, 129, 256, 4096, 0, 4, 3},   /* the window covers everything */
         {{2, 2, 24, LR_F32}, 130, 128 * 9, 1, 0, 5, 64}, /* fewer summaries than blocks; more wanted than there are */
         {{1, 1, 1, LR_F32}, 13, 128 * 300, 0, 5000, 300, 200},
         {{16, 2, 8, LR_F32}, 97, 128 * 12, 127, 127, 12, 5},
@@ -178,9 +193,17 @@ static void test_select_all_equal(void **state)
     int32_t chosen[K];
     for (int64_t i = 0; i < COUNT(means); i++)
         means[i] = (float)i;
-    struct lr_block_select_args args = {.shape = {1, 1, 8, LR_F32}, .q = q, .q_stride = 8, .q_head_stride = 8,
-                                        .n_rows = 1, .position = 128 * BLOCKS, .sinks = 300, .block_means = means,
-                                        .n_blocks = BLOCKS, .top_k = K, .chosen = chosen};
+    struct lr_block_select_args args = {.shape = {1, 1, 8, LR_F32},
+                                        .q = q,
+                                        .q_stride = 8,
+                                        .q_head_stride = 8,
+                                        .n_rows = 1,
+                                        .position = 128 * BLOCKS,
+                                        .sinks = 300,
+                                        .block_means = means,
+                                        .n_blocks = BLOCKS,
+                                        .top_k = K,
+                                        .chosen = chosen};
     for (int t = 0; t < machine.n_tables; t++) {
         machine.tables[t]->block_select(&machine.execs[0], &args);
         for (int32_t k = 0; k < K; k++)
@@ -190,8 +213,12 @@ static void test_select_all_equal(void **state)
 
 /* ---- page bounds ---- */
 
-static void
-run_bounds(const struct lr_kernel_ops *ops, const struct lr_exec *exec, const void *context, int64_t first, int64_t n, char *out)
+static void run_bounds(const struct lr_kernel_ops *ops,
+                       const struct lr_exec *exec,
+                       const void *context,
+                       int64_t first,
+                       int64_t n,
+                       char *out)
 {
     struct lr_page_bounds_args args = *(const struct lr_page_bounds_args *)context;
     args.q = (const float *)args.q + first * args.q_stride;
@@ -209,8 +236,14 @@ static void check_bounds(struct lr_kv_shape s, int64_t n_rows, int64_t n_pages, 
     for (int64_t i = 0; i < n_summary; i++)
         max[i] = min[i] + fabsf(max[i]);
     double *truth = take_doubles(n_bounds);
-    struct lr_page_bounds_args args = {.shape = s, .q = q, .q_stride = q_stride, .q_head_stride = head_stride,
-                                       .n_rows = n_rows, .min = min, .max = max, .n_pages = n_pages};
+    struct lr_page_bounds_args args = {.shape = s,
+                                       .q = q,
+                                       .q_stride = q_stride,
+                                       .q_head_stride = head_stride,
+                                       .n_rows = n_rows,
+                                       .min = min,
+                                       .max = max,
+                                       .n_pages = n_pages};
     lr_ref_page_bounds(&args, truth);
     float *out = (float *)run_everywhere(run_bounds, &args, n_rows, ROWS, before, (size_t)n_bounds * sizeof *out);
     check_close(out, n_pages, truth, n_rows * s.n_kv_heads, n_pages, 2e-7, 0x1p-24 * (4.0 + (double)s.head_dim / 8.0));
@@ -247,8 +280,15 @@ static void test_bounds_hold(void **state)
     float min[PAGES * KV_HEADS * DIM], max[PAGES * KV_HEADS * DIM], bounds[KV_HEADS * PAGES];
     float *q = take_floats(HEADS * DIM, 1.0f, &seed);
     struct lr_block_summary_args summary = {.shape = s, .blocks = kv.refs, .n_blocks = PAGES, .min = min, .max = max};
-    struct lr_page_bounds_args args = {.shape = s, .q = q, .q_stride = HEADS * DIM, .q_head_stride = DIM, .n_rows = 1,
-                                       .min = min, .max = max, .n_pages = PAGES, .bounds = bounds};
+    struct lr_page_bounds_args args = {.shape = s,
+                                       .q = q,
+                                       .q_stride = HEADS * DIM,
+                                       .q_head_stride = DIM,
+                                       .n_rows = 1,
+                                       .min = min,
+                                       .max = max,
+                                       .n_pages = PAGES,
+                                       .bounds = bounds};
     machine.tables[0]->block_summary(&machine.execs[0], &summary);
     machine.tables[0]->page_bounds(&machine.execs[0], &args);
     for (int64_t h = 0; h < HEADS; h++)
@@ -257,8 +297,7 @@ static void test_bounds_hold(void **state)
                 double score = 0.0;
                 int64_t kv_head = h / (HEADS / KV_HEADS), at = kv_head * BLOCK * (DIM + 32) + key / 16 * DIM * 16;
                 for (int64_t i = 0; i < DIM; i++)
-                    score += (double)q[h * DIM + i] *
-                             lr_ref_load(kv.blocks[page], at + i * 16 + key % 16, s.dtype);
+                    score += (double)q[h * DIM + i] * lr_ref_load(kv.blocks[page], at + i * 16 + key % 16, s.dtype);
                 assert_true(score <= (double)bounds[kv_head * PAGES + page] + 1e-6);
             }
     free(q);
