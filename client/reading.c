@@ -78,7 +78,10 @@ enum lr_status lr_reading_run(struct lr_reading *reading,
                                      .n_positions = reading->n_positions};
     lr_job_choose_attention(job, reading->n_tokens);
     announce(reading, job);
-    lr_signals_phase("wave 1");
+    int64_t wave_tokens = reading->settings->segment_tokens * job->comm->size;
+    char phase[64];
+    snprintf(phase, sizeof phase, "wave 1 of %lld", (long long)((reading->n_tokens + wave_tokens - 1) / wave_tokens));
+    lr_signals_phase(phase);
     lr_progress_begin(&reading->progress, reading->root && !reading->settings->quiet, lr_world_terminal_columns(),
                       "reading", "tokens", reading->n_tokens);
     enum lr_status status = lr_job_read(job, &input, &hooks, err);
