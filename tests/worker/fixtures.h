@@ -9,12 +9,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* For the calls inside assert_ok, whose last argument is `err`. */
+static struct lr_error test_error;
+static struct lr_error *const err = &test_error;
+
 #define assert_ok(expression)                                                                      \
     do {                                                                                           \
-        struct lr_error test_err_ = {0};                                                           \
-        struct lr_error *err = &test_err_;                                                         \
         if ((expression) != LR_OK)                                                                 \
-            fail_msg("%s: %s", #expression, test_err_.message);                                    \
+            fail_msg("%s: %s", #expression, err->message);                                         \
     } while (0)
 
 static inline char *read_fixture(const char *path, size_t *n_bytes)

@@ -24,7 +24,7 @@ static int64_t argmax(const float *x, int64_t n)
     return best;
 }
 
-static enum lr_status compare(void *context, int64_t position, const float *logits, struct lr_error *err)
+static enum lr_status compare(void *context, int64_t position, const float *logits, struct lr_error *sink_err)
 {
     struct comparison *c = context;
     if (c->next >= c->n_positions || c->positions[c->next] != position)
@@ -33,12 +33,12 @@ static enum lr_status compare(void *context, int64_t position, const float *logi
     for (int64_t i = 0; i < c->vocab; i++) {
         float difference = fabsf(logits[i] - expected[i]);
         if (!(difference <= largest_difference))
-            return lr_fail(err, LR_INTERNAL, "%s, position %lld, token %lld: %g, transformers has %g", c->what,
+            return lr_fail(sink_err, LR_INTERNAL, "%s, position %lld, token %lld: %g, transformers has %g", c->what,
                            (long long)position, (long long)i, (double)logits[i], (double)expected[i]);
         c->worst = difference > c->worst ? difference : c->worst;
     }
     if (argmax(logits, c->vocab) != argmax(expected, c->vocab))
-        return lr_fail(err, LR_INTERNAL, "%s, position %lld: token %lld is the likeliest, in transformers %lld", c->what,
+        return lr_fail(sink_err, LR_INTERNAL, "%s, position %lld: token %lld is the likeliest, in transformers %lld", c->what,
                        (long long)position, (long long)argmax(logits, c->vocab), (long long)argmax(expected, c->vocab));
     c->next++;
     return LR_OK;

@@ -22,10 +22,10 @@ static int64_t vocab(void)
     return engine.model.dims.vocab;
 }
 
-static enum lr_status keep(void *context, int64_t position, const float *logits, struct lr_error *err)
+static enum lr_status keep(void *context, int64_t position, const float *logits, struct lr_error *sink_err)
 {
     struct kept *kept = context;
-    (void)err;
+    (void)sink_err;
     assert_true(position >= 0 && position < N);
     memcpy(kept->logits + position * vocab(), logits, (size_t)vocab() * sizeof *logits);
     kept->n++;
