@@ -11,11 +11,9 @@ enum lr_status lr_arena_reserve(struct lr_arena *arena, size_t capacity_bytes, s
     size_t bytes = (capacity_bytes + PAGE_BYTES - 1) & ~(size_t)(PAGE_BYTES - 1);
     if (bytes == 0)
         bytes = PAGE_BYTES;
-    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED)
-        return lr_fail(err, LR_NO_MEMORY, "cannot reserve %zu bytes of memory: %s", bytes,
-                       strerror(errno));
+        return lr_fail(err, LR_NO_MEMORY, "cannot reserve %zu bytes of memory: %s", bytes, strerror(errno));
     (void)madvise(base, bytes, MADV_HUGEPAGE);
     *arena = (struct lr_arena){.base = base, .capacity_bytes = bytes};
     return LR_OK;

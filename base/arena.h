@@ -18,8 +18,7 @@ struct lr_arena {
 };
 
 /* Reserves `capacity_bytes` (rounded up to pages). The caller releases it with lr_arena_release. */
-LR_MUST_USE enum lr_status
-lr_arena_reserve(struct lr_arena *arena, size_t capacity_bytes, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_arena_reserve(struct lr_arena *arena, size_t capacity_bytes, struct lr_error *err);
 void lr_arena_release(struct lr_arena *arena);
 
 /* `count` objects of `size` bytes, 64-byte aligned; NULL when the arena is full or the product

@@ -12,8 +12,7 @@ enum lr_status lr_file_map(const char *path, struct lr_mapped_file *out, struct 
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
-        return lr_fail(err, errno == ENOENT ? LR_NOT_FOUND : LR_IO, "cannot open %s: %s", path,
-                       strerror(errno));
+        return lr_fail(err, errno == ENOENT ? LR_NOT_FOUND : LR_IO, "cannot open %s: %s", path, strerror(errno));
     enum lr_status status = LR_OK;
     struct stat info;
     void *data = NULL;
@@ -45,8 +44,7 @@ void lr_file_unmap(struct lr_mapped_file *file)
     *file = (struct lr_mapped_file){0};
 }
 
-static enum lr_status
-grow(char **data, size_t *capacity, size_t limit_bytes, const char *path, struct lr_error *err)
+static enum lr_status grow(char **data, size_t *capacity, size_t limit_bytes, const char *path, struct lr_error *err)
 {
     size_t bigger = *capacity * 2;
     if (bigger > limit_bytes + 1)
@@ -59,14 +57,12 @@ grow(char **data, size_t *capacity, size_t limit_bytes, const char *path, struct
     return LR_OK;
 }
 
-enum lr_status lr_file_read(
-    const char *path, size_t limit_bytes, char **data, size_t *size_bytes, struct lr_error *err)
+enum lr_status lr_file_read(const char *path, size_t limit_bytes, char **data, size_t *size_bytes, struct lr_error *err)
 {
     int is_stdin = strcmp(path, "-") == 0;
     int fd = is_stdin ? STDIN_FILENO : open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
-        return lr_fail(err, errno == ENOENT ? LR_NOT_FOUND : LR_IO, "cannot open %s: %s", path,
-                       strerror(errno));
+        return lr_fail(err, errno == ENOENT ? LR_NOT_FOUND : LR_IO, "cannot open %s: %s", path, strerror(errno));
     enum lr_status status = LR_OK;
     size_t capacity = 1 << 16, used = 0;
     char *buffer = malloc(capacity + 1);

@@ -20,8 +20,7 @@ void lr_log(enum lr_log_level level, const char *format, ...)
     if (level > log_level)
         return;
     char line[1024];
-    int head = snprintf(line, sizeof line, "longreach%s%s: %s: ", log_who[0] ? " " : "", log_who,
-                        names[level]);
+    int head = snprintf(line, sizeof line, "longreach%s%s: %s: ", log_who[0] ? " " : "", log_who, names[level]);
     va_list args;
     va_start(args, format);
     int body = vsnprintf(line + head, sizeof line - (size_t)head - 1, format, args);

@@ -138,8 +138,7 @@ static void free_pool(struct lr_pool *pool)
     free(pool);
 }
 
-enum lr_status
-lr_pool_create(int n_threads, int spin_us, struct lr_pool **out, struct lr_error *err)
+enum lr_status lr_pool_create(int n_threads, int spin_us, struct lr_pool **out, struct lr_error *err)
 {
     struct lr_pool *pool = aligned_alloc(64, (sizeof *pool + 63) & ~(size_t)63);
     if (!pool)
@@ -161,8 +160,7 @@ lr_pool_create(int n_threads, int spin_us, struct lr_pool **out, struct lr_error
         if (failed) {
             stop_helpers(pool, i);
             free_pool(pool);
-            return lr_fail(err, LR_NO_MEMORY, "cannot start thread %d of %d: %s", i + 1, n_threads,
-                           strerror(failed));
+            return lr_fail(err, LR_NO_MEMORY, "cannot start thread %d of %d: %s", i + 1, n_threads, strerror(failed));
         }
     }
     *out = pool;

@@ -18,8 +18,7 @@ typedef void lr_pool_task(void *context, int64_t task, int thread);
 /* A pool of `n_threads` (>= 1) threads, the caller's included. `spin_us` is how long an idle thread
  * spins: 0 where there are more threads than cores. Released by lr_pool_destroy, by the same
  * thread. */
-LR_MUST_USE enum lr_status
-lr_pool_create(int n_threads, int spin_us, struct lr_pool **out, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_pool_create(int n_threads, int spin_us, struct lr_pool **out, struct lr_error *err);
 void lr_pool_destroy(struct lr_pool *pool);
 int lr_pool_threads(const struct lr_pool *pool);
 

@@ -10,19 +10,19 @@
 #include <stdarg.h>
 #include <stddef.h>
 
-#define LR_STATUS_MAP(X)                                                                           \
-    X(LR_OK, "ok")                                                                                 \
-    X(LR_INVALID, "invalid input")                                                                 \
-    X(LR_NOT_FOUND, "not found")                                                                   \
-    X(LR_IO, "input/output error")                                                                 \
-    X(LR_CORRUPT, "corrupt data")                                                                  \
-    X(LR_UNSUPPORTED, "unsupported")                                                               \
-    X(LR_NO_MEMORY, "out of memory")                                                               \
-    X(LR_TIMEOUT, "deadline exceeded")                                                             \
-    X(LR_PEER_LOST, "worker lost")                                                                 \
-    X(LR_OUT_OF_STEP, "workers out of step")                                                       \
-    X(LR_CANCELLED, "cancelled")                                                                   \
-    X(LR_FULL, "queue full")                                                                       \
+#define LR_STATUS_MAP(X)                                                                                               \
+    X(LR_OK, "ok")                                                                                                     \
+    X(LR_INVALID, "invalid input")                                                                                     \
+    X(LR_NOT_FOUND, "not found")                                                                                       \
+    X(LR_IO, "input/output error")                                                                                     \
+    X(LR_CORRUPT, "corrupt data")                                                                                      \
+    X(LR_UNSUPPORTED, "unsupported")                                                                                   \
+    X(LR_NO_MEMORY, "out of memory")                                                                                   \
+    X(LR_TIMEOUT, "deadline exceeded")                                                                                 \
+    X(LR_PEER_LOST, "worker lost")                                                                                     \
+    X(LR_OUT_OF_STEP, "workers out of step")                                                                           \
+    X(LR_CANCELLED, "cancelled")                                                                                       \
+    X(LR_FULL, "queue full")                                                                                           \
     X(LR_INTERNAL, "internal error")
 
 enum lr_status {
@@ -50,11 +50,11 @@ enum lr_status lr_fail(struct lr_error *err, enum lr_status status, const char *
     __attribute__((format(printf, 3, 4)));
 
 /* Propagates a failure to the caller. The only control-flow macro of the C code. */
-#define LR_TRY(expression)                                                                         \
-    do {                                                                                           \
-        enum lr_status lr_try_status_ = (expression);                                              \
-        if (lr_try_status_ != LR_OK)                                                               \
-            return lr_try_status_;                                                                 \
+#define LR_TRY(expression)                                                                                             \
+    do {                                                                                                               \
+        enum lr_status lr_try_status_ = (expression);                                                                  \
+        if (lr_try_status_ != LR_OK)                                                                                   \
+            return lr_try_status_;                                                                                     \
     } while (0)
 
 #endif

@@ -7,7 +7,11 @@
 static size_t character(const unsigned char *text, size_t n, size_t *bad)
 {
     unsigned char first = text[0];
-    size_t length = first < 0x80 ? 1 : first >= 0xc2 && first < 0xe0 ? 2 : (first & 0xf0) == 0xe0 ? 3 : first >= 0xf0 && first <= 0xf4 ? 4 : 0;
+    size_t length = first < 0x80                     ? 1
+                    : first >= 0xc2 && first < 0xe0  ? 2
+                    : (first & 0xf0) == 0xe0         ? 3
+                    : first >= 0xf0 && first <= 0xf4 ? 4
+                                                     : 0;
     *bad = 1;
     if (length <= 1)
         return length;

@@ -13,8 +13,20 @@
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 }; /* cblas.h */
 
-typedef void sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
-                   const float *b, int ldb, float beta, float *c, int ldc);
+typedef void sgemm(int order,
+                   int trans_a,
+                   int trans_b,
+                   int m,
+                   int n,
+                   int k,
+                   float alpha,
+                   const float *a,
+                   int lda,
+                   const float *b,
+                   int ldb,
+                   float beta,
+                   float *c,
+                   int ldc);
 
 struct library {
     sgemm *multiply;

@@ -30,7 +30,8 @@ static enum lr_status parse_lengths(struct bench *b, struct lr_error *err)
     for (const char *at = b->lengths_text;;) {
         char *end;
         long long length = strtoll(at, &end, 10);
-        if (end == at || length < 1 || length > ((int64_t)1 << 40) || b->n_lengths == MAX_LENGTHS || (*end && *end != ','))
+        if (end == at || length < 1 || length > ((int64_t)1 << 40) || b->n_lengths == MAX_LENGTHS ||
+            (*end && *end != ','))
             return lr_fail(err, LR_INVALID, "--tokens: '%.40s' is no list of at most %d lengths", at, MAX_LENGTHS);
         b->lengths[b->n_lengths++] = length;
         if (!*end)
@@ -59,7 +60,8 @@ static enum lr_status decode(struct bench *b, double *seconds, struct lr_error *
     struct lr_fork_input *inputs = calloc((size_t)n, sizeof *inputs);
     float *logits = calloc((size_t)(n * vocab), sizeof *logits);
     int32_t *next = calloc((size_t)n, sizeof *next);
-    enum lr_status status = inputs && logits && next ? LR_OK : lr_fail(err, LR_NO_MEMORY, "no memory for %lld forks", (long long)n);
+    enum lr_status status =
+        inputs && logits && next ? LR_OK : lr_fail(err, LR_NO_MEMORY, "no memory for %lld forks", (long long)n);
     for (int64_t i = 0; status == LR_OK && i < n; i++) {
         inputs[i] = (struct lr_fork_input){.ids = &next[i], .n_ids = 1};
         next[i] = (int32_t)(i % vocab);
@@ -152,14 +154,30 @@ int lr_command_bench(int argc, char **argv)
                     "      --workers 2 --side-by-side 32 --json\n"};
     struct bench b = {
         .settings = lr_settings_default, .lengths_text = "2048,8192,32768", .decode_tokens = 128, .side_by_side = 1};
-    struct lr_option options[LR_MAX_OPTIONS] = {
-        {.kind = LR_OPTION_TEXT, .name = "document", .argument = "FILE", .out = &b.document, .help = "the text to read"},
-        {.kind = LR_OPTION_TEXT, .name = "tokens", .argument = "LIST", .out = &b.lengths_text,
-         .help = "lengths, with commas (default 2048,8192,32768)"},
-        {.kind = LR_OPTION_INTEGER, .name = "decode", .argument = "N", .out = &b.decode_tokens, .lowest = 0,
-         .highest = 100000, .help = "tokens decoded behind each (default 128)"},
-        {.kind = LR_OPTION_INTEGER, .name = "side-by-side", .argument = "N", .out = &b.side_by_side, .lowest = 1,
-         .highest = 1024, .help = "sequences decoded at once (default 1)"}};
+    struct lr_option options[LR_MAX_OPTIONS] = {{.kind = LR_OPTION_TEXT,
+                                                 .name = "document",
+                                                 .argument = "FILE",
+                                                 .out = &b.document,
+                                                 .help = "the text to read"},
+                                                {.kind = LR_OPTION_TEXT,
+                                                 .name = "tokens",
+                                                 .argument = "LIST",
+                                                 .out = &b.lengths_text,
+                                                 .help = "lengths, with commas (default 2048,8192,32768)"},
+                                                {.kind = LR_OPTION_INTEGER,
+                                                 .name = "decode",
+                                                 .argument = "N",
+                                                 .out = &b.decode_tokens,
+                                                 .lowest = 0,
+                                                 .highest = 100000,
+                                                 .help = "tokens decoded behind each (default 128)"},
+                                                {.kind = LR_OPTION_INTEGER,
+                                                 .name = "side-by-side",
+                                                 .argument = "N",
+                                                 .out = &b.side_by_side,
+                                                 .lowest = 1,
+                                                 .highest = 1024,
+                                                 .help = "sequences decoded at once (default 1)"}};
     int n_options = 4, n_operands;
     lr_settings_options(&b.settings, 0, options, &n_options);
     int code = lr_command_parse(&text, options, n_options, &b.settings.help, argc, argv, NULL, 0, &n_operands);

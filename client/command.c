@@ -73,12 +73,8 @@ static int end_work(struct lr_comm *comm, enum lr_status status, const struct lr
     return code;
 }
 
-int lr_command_execute(const struct lr_settings *settings,
-                       int reads_stdin,
-                       int argc,
-                       char **argv,
-                       lr_command_work *work,
-                       void *context)
+int lr_command_execute(
+    const struct lr_settings *settings, int reads_stdin, int argc, char **argv, lr_command_work *work, void *context)
 {
     struct lr_error err = {0};
     struct lr_comm comm;

@@ -40,12 +40,8 @@ int lr_command_usage(const char *command, const char *format, ...) __attribute__
 /* Enters the world that settings and environment ask for and runs `work` in each of its workers, or starts that world
  * and waits for it. Returns the exit code. */
 typedef enum lr_status lr_command_work(void *context, struct lr_comm *comm, struct lr_error *err);
-int lr_command_execute(const struct lr_settings *settings,
-                       int reads_stdin,
-                       int argc,
-                       char **argv,
-                       lr_command_work *work,
-                       void *context);
+int lr_command_execute(
+    const struct lr_settings *settings, int reads_stdin, int argc, char **argv, lr_command_work *work, void *context);
 
 /* For commands without workers. */
 int lr_command_report(enum lr_status status, const struct lr_error *err);

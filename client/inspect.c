@@ -34,8 +34,8 @@ static void print_model(const char *dir, const struct lr_qwen3_next_config *c, i
            (long long)c->linear_num_key_heads, (long long)c->linear_key_head_dim, (long long)c->linear_num_value_heads,
            (long long)c->linear_value_head_dim, (long long)c->linear_conv_kernel_dim);
     if (c->num_experts > 0)
-        printf("experts       %lld of width %lld, %lld a token; shared expert of width %lld\n", (long long)c->num_experts,
-               (long long)c->moe_intermediate_size, (long long)c->num_experts_per_tok,
+        printf("experts       %lld of width %lld, %lld a token; shared expert of width %lld\n",
+               (long long)c->num_experts, (long long)c->moe_intermediate_size, (long long)c->num_experts_per_tok,
                (long long)c->shared_expert_intermediate_size);
     printf("parameters    %s in %s of files%s\n", lr_number_text(n_elements), lr_bytes_text(size_bytes),
            c->tie_word_embeddings ? ", head tied to the embedding" : "");
@@ -49,7 +49,8 @@ static enum lr_status print_plan(const struct inspect *in, const struct lr_qwen3
     LR_TRY(lr_kernels_cpu(LR_ISA_AUTO, &ops, err));
     LR_TRY(lr_model_peek(in->model, ops, (int)in->workers, in->replicated, &dims, &weight_bytes, err));
     enum lr_dtype dtype = in->kv_dtype == 1 ? LR_BF16 : LR_F32;
-    int64_t kv_token = 2 * c->num_key_value_heads * c->head_dim * (int64_t)lr_dtype_bytes(dtype) * dims.n_attention_layers;
+    int64_t kv_token =
+        2 * c->num_key_value_heads * c->head_dim * (int64_t)lr_dtype_bytes(dtype) * dims.n_attention_layers;
     printf("state         %s of recurrent state and %s of convolution tails a sequence\n",
            lr_bytes_text((int64_t)(lr_state_floats(&dims) * sizeof(float)) * dims.n_delta_layers),
            lr_bytes_text((int64_t)(lr_tail_floats(&dims) * sizeof(float)) * dims.n_delta_layers));
@@ -64,9 +65,10 @@ static enum lr_status print_plan(const struct inspect *in, const struct lr_qwen3
                                          .max_fork_tokens = 128};
     struct lr_memory_plan plan;
     lr_session_plan(&dims, ops, weight_bytes, (int)in->workers, in->replicated, &options, &plan);
-    printf("\n%s tokens on %lld worker%s, %lld questions side by side, each worker at most:\n", lr_number_text(in->tokens),
-           (long long)in->workers, in->workers == 1 ? "" : "s", (long long)in->questions);
-    printf("  weights     %s (experts %s)\n  keys, values %s\n  states      %s\n  questions   %s\n  workspace   %s\n  together    %s\n",
+    printf("\n%s tokens on %lld worker%s, %lld questions side by side, each worker at most:\n",
+           lr_number_text(in->tokens), (long long)in->workers, in->workers == 1 ? "" : "s", (long long)in->questions);
+    printf("  weights     %s (experts %s)\n  keys, values %s\n  states      %s\n  questions   %s\n  workspace   %s\n  "
+           "together    %s\n",
            lr_bytes_text((int64_t)plan.weights_bytes), in->replicated ? "replicated" : "sharded",
            lr_bytes_text((int64_t)plan.kv_bytes), lr_bytes_text((int64_t)plan.state_bytes),
            lr_bytes_text((int64_t)plan.fork_bytes), lr_bytes_text((int64_t)plan.workspace_bytes),
@@ -101,13 +103,32 @@ int lr_command_inspect(int argc, char **argv)
     struct inspect in = {.tokens = 1000000, .workers = 1, .questions = 1, .segment_tokens = LR_DEFAULT_SEGMENT_TOKENS};
     int n_operands;
     const struct lr_option options[] = {
-        {.kind = LR_OPTION_INTEGER, .name = "tokens", .argument = "N", .out = &in.tokens, .lowest = 1,
-         .highest = (int64_t)1 << 40, .help = "tokens of the document (default 1000000)"},
-        {.kind = LR_OPTION_INTEGER, .name = "workers", .argument = "P", .out = &in.workers, .lowest = 1,
-         .highest = LR_COMM_MAX_WORKERS, .help = "workers that share it (default 1)"},
-        {.kind = LR_OPTION_INTEGER, .name = "questions", .argument = "N", .out = &in.questions, .lowest = 0,
-         .highest = 1024, .help = "questions side by side (default 1)"},
-        {.kind = LR_OPTION_CHOICE, .name = "kv-dtype", .argument = "TYPE", .out = &in.kv_dtype, .choices = kv_choices,
+        {.kind = LR_OPTION_INTEGER,
+         .name = "tokens",
+         .argument = "N",
+         .out = &in.tokens,
+         .lowest = 1,
+         .highest = (int64_t)1 << 40,
+         .help = "tokens of the document (default 1000000)"},
+        {.kind = LR_OPTION_INTEGER,
+         .name = "workers",
+         .argument = "P",
+         .out = &in.workers,
+         .lowest = 1,
+         .highest = LR_COMM_MAX_WORKERS,
+         .help = "workers that share it (default 1)"},
+        {.kind = LR_OPTION_INTEGER,
+         .name = "questions",
+         .argument = "N",
+         .out = &in.questions,
+         .lowest = 0,
+         .highest = 1024,
+         .help = "questions side by side (default 1)"},
+        {.kind = LR_OPTION_CHOICE,
+         .name = "kv-dtype",
+         .argument = "TYPE",
+         .out = &in.kv_dtype,
+         .choices = kv_choices,
          .help = "f32 (default) or bf16"},
         {.kind = LR_OPTION_FLAG, .name = "replicated", .out = &in.replicated, .help = "every worker holds all experts"},
         {.kind = LR_OPTION_FLAG, .name = "help", .out = &in.help, .help = "this text"},

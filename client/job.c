@@ -8,8 +8,11 @@
 
 enum { FEED_TOKENS = 1 << 18 };
 
-enum lr_status lr_job_open(struct lr_job *job, const struct lr_job_options *options,
-                           struct lr_comm *comm, int with_tokenizer, struct lr_error *err)
+enum lr_status lr_job_open(struct lr_job *job,
+                           const struct lr_job_options *options,
+                           struct lr_comm *comm,
+                           int with_tokenizer,
+                           struct lr_error *err)
 {
     *job = (struct lr_job){.comm = comm, .options = *options};
     double begin = lr_clock_seconds();
@@ -37,8 +40,12 @@ void lr_job_close(struct lr_job *job)
     *job = (struct lr_job){0};
 }
 
-enum lr_status lr_job_share_ids(struct lr_job *job, const int32_t *ids, int64_t n_ids,
-                                enum lr_status mine, int32_t **shared, int64_t *n_shared,
+enum lr_status lr_job_share_ids(struct lr_job *job,
+                                const int32_t *ids,
+                                int64_t n_ids,
+                                enum lr_status mine,
+                                int32_t **shared,
+                                int64_t *n_shared,
                                 struct lr_error *err)
 {
     LR_TRY(lr_agree(job->comm, job->comm->rank == 0 ? mine : LR_OK, err));
@@ -71,15 +78,13 @@ void lr_job_choose_attention(struct lr_job *job, int64_t n_tokens)
         job->attention = LR_ATTENTION_SPARSE;
         break;
     case LR_CHOOSE_AUTO:
-        job->attention =
-            n_tokens > LR_AUTO_FULL_TOKENS ? LR_ATTENTION_SPARSE : LR_ATTENTION_FULL;
+        job->attention = n_tokens > LR_AUTO_FULL_TOKENS ? LR_ATTENTION_SPARSE : LR_ATTENTION_FULL;
         break;
     }
 }
 
 /* Sends the document to all workers in portions and appends them; only worker 0 ever holds it whole. */
-static enum lr_status feed(struct lr_job *job, const struct lr_job_document *document,
-                           struct lr_error *err)
+static enum lr_status feed(struct lr_job *job, const struct lr_job_document *document, struct lr_error *err)
 {
     int32_t *portion = malloc(FEED_TOKENS * sizeof *portion);
     enum lr_status status = LR_OK;
@@ -120,8 +125,10 @@ enum lr_status lr_job_check_memory(struct lr_job *job, const struct lr_job_docum
     return lr_session_check_memory(&job->engine, &options, err);
 }
 
-enum lr_status lr_job_read(struct lr_job *job, const struct lr_job_document *document,
-                           const struct lr_session_hooks *hooks, struct lr_error *err)
+enum lr_status lr_job_read(struct lr_job *job,
+                           const struct lr_job_document *document,
+                           const struct lr_session_hooks *hooks,
+                           struct lr_error *err)
 {
     struct lr_session_options options = session_options(job, document);
     LR_TRY(lr_session_open(&job->engine, &options, hooks, &job->session, err));

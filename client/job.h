@@ -34,14 +34,21 @@ struct lr_job {
 };
 
 /* Loads the model, and the tokenizer if it is wanted. Collective. */
-LR_MUST_USE enum lr_status lr_job_open(struct lr_job *job, const struct lr_job_options *options,
-                                       struct lr_comm *comm, int with_tokenizer, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_job_open(struct lr_job *job,
+                                       const struct lr_job_options *options,
+                                       struct lr_comm *comm,
+                                       int with_tokenizer,
+                                       struct lr_error *err);
 void lr_job_close(struct lr_job *job);
 
 /* Tokens of a text that ends up on every worker: worker 0 brings ids (n_ids may differ elsewhere); the others get a
  * copy. The caller frees *shared. `mine` is worker 0's outcome of making them. Collective. */
-LR_MUST_USE enum lr_status lr_job_share_ids(struct lr_job *job, const int32_t *ids, int64_t n_ids,
-                                            enum lr_status mine, int32_t **shared, int64_t *n_shared,
+LR_MUST_USE enum lr_status lr_job_share_ids(struct lr_job *job,
+                                            const int32_t *ids,
+                                            int64_t n_ids,
+                                            enum lr_status mine,
+                                            int32_t **shared,
+                                            int64_t *n_shared,
                                             struct lr_error *err);
 
 /* Fills job->attention for a document of n_tokens. */
@@ -58,8 +65,10 @@ struct lr_job_document {
 LR_MUST_USE enum lr_status
 lr_job_check_memory(struct lr_job *job, const struct lr_job_document *document, struct lr_error *err);
 
-LR_MUST_USE enum lr_status lr_job_read(struct lr_job *job, const struct lr_job_document *document,
-                                       const struct lr_session_hooks *hooks, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_job_read(struct lr_job *job,
+                                       const struct lr_job_document *document,
+                                       const struct lr_session_hooks *hooks,
+                                       struct lr_error *err);
 
 /* Peak resident bytes of every worker, [size], on all. Collective. */
 LR_MUST_USE enum lr_status lr_job_peak_rss(struct lr_job *job, int64_t *bytes, struct lr_error *err);

@@ -38,8 +38,8 @@ static enum lr_status read_ids(struct logits *l, struct lr_error *err)
         const unsigned char *b = (const unsigned char *)bytes + 4 * i;
         int32_t id = (int32_t)((uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24);
         if (id < 0 || id >= vocab)
-            status = lr_fail(err, LR_INVALID, "%s: id %d at place %zu is outside the vocabulary of %lld", l->ids_path, id,
-                             i, (long long)vocab);
+            status = lr_fail(err, LR_INVALID, "%s: id %d at place %zu is outside the vocabulary of %lld", l->ids_path,
+                             id, i, (long long)vocab);
         l->ids.ids[i] = id;
     }
     l->ids.n_ids = status == LR_OK ? (int64_t)(n_bytes / 4) : 0;
@@ -179,16 +179,25 @@ int lr_command_logits(int argc, char **argv)
         .usage = "logits --model DIR --ids FILE --out FILE [OPTIONS]",
         .summary = "Writes the logits of a sequence of token ids: int32 little-endian in, float32 little-endian "
                    "[positions, vocab] out.",
-        .examples = "  longreach logits --model models/longreach-tiny --ids ids.bin --out logits.bin --workers 3\n"
-                    "  longreach logits --model DIR --ids ids.bin --out last.bin --positions 0,63,999 --attention sparse\n"};
+        .examples =
+            "  longreach logits --model models/longreach-tiny --ids ids.bin --out logits.bin --workers 3\n"
+            "  longreach logits --model DIR --ids ids.bin --out last.bin --positions 0,63,999 --attention sparse\n"};
     struct logits l = {.settings = lr_settings_default};
     struct lr_option options[LR_MAX_OPTIONS] = {
         {.kind = LR_OPTION_TEXT, .name = "ids", .argument = "FILE", .out = &l.ids_path, .help = "int32 ids"},
         {.kind = LR_OPTION_TEXT, .name = "out", .argument = "FILE", .out = &l.out_path, .help = "where the logits go"},
-        {.kind = LR_OPTION_TEXT, .name = "positions", .argument = "LIST", .out = &l.positions_text,
+        {.kind = LR_OPTION_TEXT,
+         .name = "positions",
+         .argument = "LIST",
+         .out = &l.positions_text,
          .help = "the positions wanted, ascending, with commas (default: all)"},
-        {.kind = LR_OPTION_INTEGER, .name = "full-last", .argument = "N", .out = &l.full_last, .lowest = 0,
-         .highest = 1 << 20, .help = "the last N tokens are a question: they attend to everything (default 0)"}};
+        {.kind = LR_OPTION_INTEGER,
+         .name = "full-last",
+         .argument = "N",
+         .out = &l.full_last,
+         .lowest = 0,
+         .highest = 1 << 20,
+         .help = "the last N tokens are a question: they attend to everything (default 0)"}};
     int n_options = 4, n_operands;
     lr_settings_options(&l.settings, 0, options, &n_options);
     int code = lr_command_parse(&text, options, n_options, &l.settings.help, argc, argv, NULL, 0, &n_operands);

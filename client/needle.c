@@ -143,8 +143,9 @@ static void print_json(const struct needle *n, const struct needle_result *r)
     for (int64_t i = 0; i < n->n_needles; i++) {
         char got[24];
         first_word(n->questions.texts[i], got, sizeof got);
-        json_t *line = json_pack("{s:f, s:s, s:I, s:s, s:b}", "depth", n->needles[i].depth, "fact", n->needles[i].subject,
-                                 "expected", (json_int_t)n->needles[i].value, "got", got, "found", is_found(n, i));
+        json_t *line =
+            json_pack("{s:f, s:s, s:I, s:s, s:b}", "depth", n->needles[i].depth, "fact", n->needles[i].subject,
+                      "expected", (json_int_t)n->needles[i].value, "got", got, "found", is_found(n, i));
         char *text = json_dumps(line, JSON_COMPACT | JSON_REAL_PRECISION(9));
         puts(text ? text : "");
         free(text);
@@ -154,12 +155,11 @@ static void print_json(const struct needle *n, const struct needle_result *r)
         json_array_append_new(memory, json_integer(r->peak_rss[w]));
         json_array_append_new(load, json_integer(r->expert_rows[w]));
     }
-    json_t *summary = json_pack("{s:{s:I, s:I, s:I, s:i, s:s, s:f, s:f, s:f, s:o, s:o}}", "summary", "document_tokens",
-                                (json_int_t)r->n_tokens, "needles", (json_int_t)n->n_needles, "found",
-                                (json_int_t)r->n_found, "workers", n->job.comm->size, "attention",
-                                lr_attention_text(&n->job), "attention_density", r->density, "prefill_seconds",
-                                n->job.prefill_seconds, "decode_seconds", n->questions.decode_seconds, "peak_rss_bytes",
-                                memory, "expert_rows", load);
+    json_t *summary = json_pack(
+        "{s:{s:I, s:I, s:I, s:i, s:s, s:f, s:f, s:f, s:o, s:o}}", "summary", "document_tokens", (json_int_t)r->n_tokens,
+        "needles", (json_int_t)n->n_needles, "found", (json_int_t)r->n_found, "workers", n->job.comm->size, "attention",
+        lr_attention_text(&n->job), "attention_density", r->density, "prefill_seconds", n->job.prefill_seconds,
+        "decode_seconds", n->questions.decode_seconds, "peak_rss_bytes", memory, "expert_rows", load);
     char *text = json_dumps(summary, JSON_COMPACT | JSON_REAL_PRECISION(9));
     puts(text ? text : "");
     free(text);
@@ -174,9 +174,9 @@ static enum lr_status draw(const struct needle *n, const struct needle_result *r
     for (int64_t i = 0; i < n->n_needles; i++)
         points[i] = (struct lr_svg_point){n->needles[i].depth, is_found(n, i), n->needles[i].subject};
     char title[160];
-    snprintf(title, sizeof title, "%lld of %lld facts found in %s tokens, %s attention, %d worker%s", (long long)r->n_found,
-             (long long)n->n_needles, lr_number_text(r->n_tokens), lr_attention_text(&n->job), n->job.comm->size,
-             n->job.comm->size == 1 ? "" : "s");
+    snprintf(title, sizeof title, "%lld of %lld facts found in %s tokens, %s attention, %d worker%s",
+             (long long)r->n_found, (long long)n->n_needles, lr_number_text(r->n_tokens), lr_attention_text(&n->job),
+             n->job.comm->size, n->job.comm->size == 1 ? "" : "s");
     enum lr_status status = lr_svg_write(n->svg, title, r->n_tokens, points, n->n_needles, err);
     free(points);
     if (status == LR_OK && !n->settings.json)
@@ -206,7 +206,8 @@ static enum lr_status work_on(struct needle *n, struct lr_token_buffer *document
     struct lr_reading reading = {.settings = &n->settings};
     char **prompts = NULL;
     enum lr_status mine = LR_OK;
-    struct lr_job_document planned = {.n_ids = n->tokens, .max_forks = 1, .max_fork_tokens = n->settings.max_new_tokens};
+    struct lr_job_document planned = {
+        .n_ids = n->tokens, .max_forks = 1, .max_fork_tokens = n->settings.max_new_tokens};
     LR_TRY(lr_job_check_memory(&n->job, &planned, err));
     lr_signals_phase("planting the facts");
     if (n->job.comm->rank == 0) {
@@ -245,20 +246,37 @@ int lr_command_needle(int argc, char **argv)
 {
     static const struct lr_command_text text = {
         .usage = "needle --model DIR --document FILE --tokens N --needles K [OPTIONS]",
-        .summary = "Plants K facts at random depths of N tokens of the document (repeated where it is shorter), asks for "
-                   "each from a fork of the state behind it, and shows which came back.",
+        .summary =
+            "Plants K facts at random depths of N tokens of the document (repeated where it is shorter), asks for "
+            "each from a fork of the state behind it, and shows which came back.",
         .examples = "  longreach needle --model models/longreach-tiny --document data/kjv.txt --tokens 1000000 \\\n"
                     "      --needles 32 --seed 1 --workers 2 --svg needle.svg\n"};
     struct needle n = {.settings = lr_settings_default, .tokens = 131072, .n_needles = 32};
     n.settings.max_new_tokens = 16;
-    struct lr_option options[LR_MAX_OPTIONS] = {
-        {.kind = LR_OPTION_TEXT, .name = "document", .argument = "FILE", .out = &n.document,
-         .help = "the text that the facts are planted in"},
-        {.kind = LR_OPTION_INTEGER, .name = "tokens", .argument = "N", .out = &n.tokens, .lowest = 1,
-         .highest = (int64_t)1 << 40, .help = "how much of it is read (default 131072)"},
-        {.kind = LR_OPTION_INTEGER, .name = "needles", .argument = "K", .out = &n.n_needles, .lowest = 1,
-         .highest = 1000, .help = "facts (default 32)"},
-        {.kind = LR_OPTION_TEXT, .name = "svg", .argument = "FILE", .out = &n.svg, .help = "draws depth against found"}};
+    struct lr_option options[LR_MAX_OPTIONS] = {{.kind = LR_OPTION_TEXT,
+                                                 .name = "document",
+                                                 .argument = "FILE",
+                                                 .out = &n.document,
+                                                 .help = "the text that the facts are planted in"},
+                                                {.kind = LR_OPTION_INTEGER,
+                                                 .name = "tokens",
+                                                 .argument = "N",
+                                                 .out = &n.tokens,
+                                                 .lowest = 1,
+                                                 .highest = (int64_t)1 << 40,
+                                                 .help = "how much of it is read (default 131072)"},
+                                                {.kind = LR_OPTION_INTEGER,
+                                                 .name = "needles",
+                                                 .argument = "K",
+                                                 .out = &n.n_needles,
+                                                 .lowest = 1,
+                                                 .highest = 1000,
+                                                 .help = "facts (default 32)"},
+                                                {.kind = LR_OPTION_TEXT,
+                                                 .name = "svg",
+                                                 .argument = "FILE",
+                                                 .out = &n.svg,
+                                                 .help = "draws depth against found"}};
     int n_options = 4, n_operands;
     lr_settings_options(&n.settings, 1, options, &n_options);
     int code = lr_command_parse(&text, options, n_options, &n.settings.help, argc, argv, NULL, 0, &n_operands);

@@ -10,11 +10,12 @@
 static const char *const attributes[] = {"access code",   "phone number", "account number", "badge number",
                                          "ticket number", "room number",  "serial number",  "locker code",
                                          "order number",  "case number",  "invoice number", "license number"};
-static const char *const words[] = {
-    "silver", "window", "garden", "river",  "copper", "bridge", "yellow", "basket", "winter", "harbor", "marble", "candle",
-    "purple", "forest", "orange", "anchor", "velvet", "ladder", "golden", "island", "summer", "pocket", "gentle", "mirror",
-    "frozen", "valley", "bright", "hammer", "quiet",  "meadow", "rapid",  "lantern", "hollow", "button", "crystal", "engine",
-    "distant", "feather", "stone", "cloud",  "wooden", "table",  "green",  "market", "little", "castle", "broken", "arrow"};
+static const char *const words[] = {"silver", "window", "garden",  "river",  "copper",  "bridge",  "yellow", "basket",
+                                    "winter", "harbor", "marble",  "candle", "purple",  "forest",  "orange", "anchor",
+                                    "velvet", "ladder", "golden",  "island", "summer",  "pocket",  "gentle", "mirror",
+                                    "frozen", "valley", "bright",  "hammer", "quiet",   "meadow",  "rapid",  "lantern",
+                                    "hollow", "button", "crystal", "engine", "distant", "feather", "stone",  "cloud",
+                                    "wooden", "table",  "green",   "market", "little",  "castle",  "broken", "arrow"};
 enum { N_ATTRIBUTES = sizeof attributes / sizeof attributes[0], N_WORDS = sizeof words / sizeof words[0] };
 
 struct dice {
@@ -38,7 +39,8 @@ static void name_needle(struct dice *dice, struct lr_needle *needles, int64_t in
             continue;
         if (first == second || i < index)
             continue;
-        snprintf(needles[index].subject, sizeof needles[index].subject, "%s%s", attributes[roll(dice, N_ATTRIBUTES)], name);
+        snprintf(needles[index].subject, sizeof needles[index].subject, "%s%s", attributes[roll(dice, N_ATTRIBUTES)],
+                 name);
         needles[index].value = 100000 + roll(dice, 900000);
         return;
     }
@@ -58,7 +60,8 @@ static int is_boundary(const char *text, size_t at)
 }
 
 /* The free boundary nearest to `wanted`; n + 1 where there is none. */
-static size_t nearest_boundary(const char *text, size_t n, size_t wanted, const struct lr_needle *needles, int64_t index)
+static size_t
+nearest_boundary(const char *text, size_t n, size_t wanted, const struct lr_needle *needles, int64_t index)
 {
     for (size_t away = 0; away <= n; away++) {
         if (away <= wanted && is_boundary(text, wanted - away) && !is_taken(needles, index, wanted - away))

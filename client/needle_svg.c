@@ -15,15 +15,18 @@ static double x_of(double depth)
 
 static void draw_axis(FILE *out, int64_t n_tokens)
 {
-    fprintf(out, "<line x1=\"%d\" y1=\"%d\" x2=\"%d\" y2=\"%d\" stroke=\"#888\"/>\n", LEFT, AXIS_Y, WIDTH - RIGHT, AXIS_Y);
+    fprintf(out, "<line x1=\"%d\" y1=\"%d\" x2=\"%d\" y2=\"%d\" stroke=\"#888\"/>\n", LEFT, AXIS_Y, WIDTH - RIGHT,
+            AXIS_Y);
     for (int i = 0; i <= 10; i++)
         fprintf(out,
                 "<line x1=\"%.1f\" y1=\"%d\" x2=\"%.1f\" y2=\"%d\" stroke=\"#888\"/>"
                 "<text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%s</text>\n",
                 x_of(i / 10.0), AXIS_Y, x_of(i / 10.0), AXIS_Y + 5, x_of(i / 10.0), AXIS_Y + 20,
                 lr_number_text(n_tokens * i / 10));
-    fprintf(out, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">depth of the fact, tokens</text>\n", WIDTH / 2, HEIGHT - 6);
-    fprintf(out, "<text x=\"10\" y=\"%d\">found</text><text x=\"10\" y=\"%d\">missed</text>\n", FOUND_Y + 4, MISSED_Y + 4);
+    fprintf(out, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">depth of the fact, tokens</text>\n", WIDTH / 2,
+            HEIGHT - 6);
+    fprintf(out, "<text x=\"10\" y=\"%d\">found</text><text x=\"10\" y=\"%d\">missed</text>\n", FOUND_Y + 4,
+            MISSED_Y + 4);
 }
 
 enum lr_status lr_svg_write(const char *path,
@@ -43,7 +46,9 @@ enum lr_status lr_svg_write(const char *path,
             WIDTH, HEIGHT, WIDTH, HEIGHT, WIDTH / 2, title);
     draw_axis(out, n_tokens);
     for (int64_t i = 0; i < n_points; i++)
-        fprintf(out, "<circle cx=\"%.1f\" cy=\"%d\" r=\"5\" fill=\"%s\" fill-opacity=\"0.75\"><title>%s, %.2f%%</title></circle>\n",
+        fprintf(out,
+                "<circle cx=\"%.1f\" cy=\"%d\" r=\"5\" fill=\"%s\" fill-opacity=\"0.75\"><title>%s, "
+                "%.2f%%</title></circle>\n",
                 x_of(points[i].depth), points[i].found ? FOUND_Y : MISSED_Y, points[i].found ? "#2a7f3f" : "#c0392b",
                 points[i].name, 100.0 * points[i].depth);
     fprintf(out, "</svg>\n");

@@ -15,8 +15,8 @@ static enum lr_status parse_integer(const struct lr_option *option, const char *
     if (end == value || *end != '\0')
         return lr_fail(err, LR_INVALID, "--%s: '%.80s' is not a whole number", option->name, value);
     if (errno == ERANGE || number < option->lowest || number > option->highest)
-        return lr_fail(err, LR_INVALID, "--%s: %.80s is out of range, it must be from %lld to %lld", option->name, value,
-                       (long long)option->lowest, (long long)option->highest);
+        return lr_fail(err, LR_INVALID, "--%s: %.80s is out of range, it must be from %lld to %lld", option->name,
+                       value, (long long)option->lowest, (long long)option->highest);
     *(int64_t *)option->out = number;
     return LR_OK;
 }

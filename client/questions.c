@@ -138,7 +138,8 @@ static void step_done(void *context, int64_t questions_done, int64_t tokens_done
 }
 
 /* Answer ids to valid UTF-8, cut at a stop text. */
-static enum lr_status write_text(const struct asking *a, const struct lr_answer *answer, char **out, struct lr_error *err)
+static enum lr_status
+write_text(const struct asking *a, const struct lr_answer *answer, char **out, struct lr_error *err)
 {
     char *bytes;
     size_t n;

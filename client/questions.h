@@ -10,11 +10,11 @@ enum { LR_MAX_SIDE_BY_SIDE = 32 };
 
 struct lr_questions {
     int64_t n_questions;
-    char **prompts;    /* [n_questions] in their template, worker 0 only; owned */
-    int32_t *ids;      /* all prompts' ids one after the other, every worker */
-    int64_t *n_ids;    /* [n_questions] */
+    char **prompts; /* [n_questions] in their template, worker 0 only; owned */
+    int32_t *ids;   /* all prompts' ids one after the other, every worker */
+    int64_t *n_ids; /* [n_questions] */
     struct lr_answer *answers;
-    char **texts;         /* [n_questions] worker 0: the answers, valid UTF-8, cut at a stop text */
+    char **texts; /* [n_questions] worker 0: the answers, valid UTF-8, cut at a stop text */
     double decode_seconds;
 };
 

@@ -37,7 +37,8 @@ static void wave_done(void *context, const struct lr_wave_report *report)
 {
     struct lr_reading *reading = context;
     char phase[64];
-    snprintf(phase, sizeof phase, "wave %lld of %lld", (long long)report->waves_done + 1, (long long)report->waves_total);
+    snprintf(phase, sizeof phase, "wave %lld of %lld", (long long)report->waves_done + 1,
+             (long long)report->waves_total);
     lr_signals_phase(report->waves_done < report->waves_total ? phase : "the last wave");
     if (!reading->root)
         return;
@@ -50,10 +51,12 @@ static void announce(const struct lr_reading *reading, const struct lr_job *job)
     if (!reading->root || reading->settings->quiet)
         return;
     int automatic = job->options.attention == LR_CHOOSE_AUTO, sparse = job->attention == LR_ATTENTION_SPARSE;
-    fprintf(stderr, "%s tokens, %d worker%s of %d thread%s, %s attention%s, experts %s\n", lr_number_text(reading->n_tokens),
-            job->comm->size, job->comm->size == 1 ? "" : "s", job->options.n_threads,
+    fprintf(stderr, "%s tokens, %d worker%s of %d thread%s, %s attention%s, experts %s\n",
+            lr_number_text(reading->n_tokens), job->comm->size, job->comm->size == 1 ? "" : "s", job->options.n_threads,
             job->options.n_threads == 1 ? "" : "s", sparse ? "sparse" : "full",
-            !automatic ? "" : sparse ? " (auto: more than 131,072 tokens)" : " (auto: up to 131,072 tokens)",
+            !automatic ? ""
+            : sparse   ? " (auto: more than 131,072 tokens)"
+                       : " (auto: up to 131,072 tokens)",
             job->engine.experts_replicated ? "replicated" : "sharded");
     fflush(stderr);
 }

@@ -86,7 +86,8 @@ void lr_progress_update(struct lr_progress *progress, int64_t done, const char *
     const char *eta = rate > 0.0 ? lr_duration_text((double)(progress->total - done) / rate) : "?";
     char line[256], bar[64];
     snprintf(line, sizeof line, "%3.0f%%  %s of %s %s  %s  %s %s/s  ETA %s", 100.0 * share, lr_number_text(done),
-             lr_number_text(progress->total), progress->unit, detail, lr_number_text((int64_t)rate), progress->unit, eta);
+             lr_number_text(progress->total), progress->unit, detail, lr_number_text((int64_t)rate), progress->unit,
+             eta);
     int room = progress->columns - (int)(strlen(line) + strlen(progress->title)) - 6;
     if (progress->columns <= 0) {
         fprintf(stderr, "%s %s\n", progress->title, line);

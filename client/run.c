@@ -175,19 +175,32 @@ int lr_command_run(int argc, char **argv)
     static const struct lr_command_text text = {
         .usage = "run --model DIR --document FILE|- (--questions FILE | --question TEXT ...) [OPTIONS]",
         .summary = "Reads a document once and answers every question from a fork of the state behind it.",
-        .examples = "  longreach run --model models/longreach-tiny --document book.txt \\\n"
-                    "      --question 'What is the access code of silver window?' --workers 2\n"
-                    "  pdftotext report.pdf - | longreach run --model DIR --document - --questions q.txt --json\n"
-                    "  mpirun --hostfile hosts -np 16 longreach run --model DIR --document book.txt --questions q.txt\n"};
+        .examples =
+            "  longreach run --model models/longreach-tiny --document book.txt \\\n"
+            "      --question 'What is the access code of silver window?' --workers 2\n"
+            "  pdftotext report.pdf - | longreach run --model DIR --document - --questions q.txt --json\n"
+            "  mpirun --hostfile hosts -np 16 longreach run --model DIR --document book.txt --questions q.txt\n"};
     struct run run = {.settings = lr_settings_default, .template = "\\nQuestion: {question}\\nAnswer: "};
     struct lr_option options[LR_MAX_OPTIONS] = {
-        {.kind = LR_OPTION_TEXT, .name = "document", .argument = "FILE", .out = &run.document,
+        {.kind = LR_OPTION_TEXT,
+         .name = "document",
+         .argument = "FILE",
+         .out = &run.document,
          .help = "the document, UTF-8 text; - is standard input"},
-        {.kind = LR_OPTION_TEXTS, .name = "question", .argument = "TEXT", .out = &run.question,
+        {.kind = LR_OPTION_TEXTS,
+         .name = "question",
+         .argument = "TEXT",
+         .out = &run.question,
          .help = "a question; may be repeated"},
-        {.kind = LR_OPTION_TEXT, .name = "questions", .argument = "FILE", .out = &run.questions_file,
+        {.kind = LR_OPTION_TEXT,
+         .name = "questions",
+         .argument = "FILE",
+         .out = &run.questions_file,
          .help = "questions, one a line"},
-        {.kind = LR_OPTION_TEXT, .name = "template", .argument = "TEXT", .out = &run.template,
+        {.kind = LR_OPTION_TEXT,
+         .name = "template",
+         .argument = "TEXT",
+         .out = &run.template,
          .help = "what a question becomes, default '\\nQuestion: {question}\\nAnswer: '"}};
     int n_options = 4, n_operands;
     lr_settings_options(&run.settings, 1, options, &n_options);

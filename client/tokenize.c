@@ -35,7 +35,8 @@ encode(const struct tokenize *t, struct lr_tokenizer *tokenizer, const char *pat
 }
 
 /* Decimal ids with white space between them. */
-static enum lr_status parse_ids(const char *path, char *text, size_t n_bytes, struct lr_token_buffer *ids, struct lr_error *err)
+static enum lr_status
+parse_ids(const char *path, char *text, size_t n_bytes, struct lr_token_buffer *ids, struct lr_error *err)
 {
     if (memchr(text, '\0', n_bytes))
         return lr_fail(err, LR_INVALID, "%s has a NUL byte; it must be a list of ids in decimal", path);
@@ -82,11 +83,19 @@ int lr_command_tokenize(int argc, char **argv)
     const char *operand = NULL;
     int n_operands;
     const struct lr_option options[] = {
-        {.kind = LR_OPTION_TEXT, .name = "model", .argument = "DIR", .out = &t.model,
+        {.kind = LR_OPTION_TEXT,
+         .name = "model",
+         .argument = "DIR",
+         .out = &t.model,
          .help = "a directory with a tokenizer.json of byte-level BPE"},
-        {.kind = LR_OPTION_TEXT, .name = "decode", .argument = "FILE", .out = &t.decode,
+        {.kind = LR_OPTION_TEXT,
+         .name = "decode",
+         .argument = "FILE",
+         .out = &t.decode,
          .help = "ids in decimal, separated by spaces; prints their bytes"},
-        {.kind = LR_OPTION_FLAG, .name = "parse-special", .out = &t.parse_special,
+        {.kind = LR_OPTION_FLAG,
+         .name = "parse-special",
+         .out = &t.parse_special,
          .help = "texts like <|endoftext|> become that token"},
         {.kind = LR_OPTION_FLAG, .name = "help", .out = &t.help, .help = "this text"},
     };

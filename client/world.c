@@ -49,10 +49,11 @@ enum lr_status lr_world_find(const struct lr_settings *settings, enum lr_world *
         return LR_OK;
     }
     if (environment_number("SLURM_STEP_NUM_TASKS", 1) > 1)
-        return lr_fail(err, LR_INVALID,
-                       "srun started %d separate processes: start longreach once inside the allocation (sbatch or salloc), "
-                       "it starts its workers itself, or use mpirun",
-                       environment_number("SLURM_STEP_NUM_TASKS", 1));
+        return lr_fail(
+            err, LR_INVALID,
+            "srun started %d separate processes: start longreach once inside the allocation (sbatch or salloc), "
+            "it starts its workers itself, or use mpirun",
+            environment_number("SLURM_STEP_NUM_TASKS", 1));
     int tasks = getenv("SLURM_JOB_ID") ? environment_number("SLURM_NTASKS", 1) : 1;
     if (tasks > 1 && settings->workers != 1)
         *world = LR_WORLD_SLURM;
@@ -166,8 +167,8 @@ static void run_mpirun(const struct lr_settings *settings, enum lr_world world, 
     snprintf(workers, sizeof workers, "%lld", (long long)size);
     snprintf(columns, sizeof columns, "LONGREACH_COLUMNS=%d", lr_world_terminal_columns());
     self[length > 0 ? length : 0] = '\0';
-    char *const fixed[] = {"mpirun", "-np", workers, "--bind-to", "none", "-x", columns,
-                           "--mca", "orte_abort_print_stack", "0"};
+    char *const fixed[] = {
+        "mpirun", "-np", workers, "--bind-to", "none", "-x", columns, "--mca", "orte_abort_print_stack", "0"};
     for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++)
         arguments[n++] = fixed[i];
     if (geteuid() == 0)
@@ -175,9 +176,20 @@ static void run_mpirun(const struct lr_settings *settings, enum lr_world world, 
     if (world == LR_WORLD_LOCAL || size > environment_number("SLURM_NTASKS", 1))
         arguments[n++] = "--oversubscribe";
     if (world == LR_WORLD_LOCAL && dir[0]) {
-        char *const local[] = {"--host", "localhost:1024", "--mca", "orte_tmpdir_base", (char *)(uintptr_t)dir, "--mca",
-                               "btl_vader_backing_directory", (char *)(uintptr_t)dir, "--mca", "btl", "vader,self",
-                               "--mca", "pml", "ob1"};
+        char *const local[] = {"--host",
+                               "localhost:1024",
+                               "--mca",
+                               "orte_tmpdir_base",
+                               (char *)(uintptr_t)dir,
+                               "--mca",
+                               "btl_vader_backing_directory",
+                               (char *)(uintptr_t)dir,
+                               "--mca",
+                               "btl",
+                               "vader,self",
+                               "--mca",
+                               "pml",
+                               "ob1"};
         for (size_t i = 0; i < sizeof local / sizeof local[0]; i++)
             arguments[n++] = local[i];
     }

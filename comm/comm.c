@@ -42,8 +42,7 @@ static enum lr_status begin(struct lr_comm *comm,
     return LR_OK;
 }
 
-static enum lr_status
-launch(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
+static enum lr_status launch(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
 {
     for (int r = 0; r < comm->size; r++) {
         comm->stats.sent_bytes += exchange->lanes[r].send_bytes;
@@ -55,8 +54,7 @@ launch(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error 
     return status;
 }
 
-static enum lr_status
-finish(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
+static enum lr_status finish(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
 {
     enum lr_status status = comm->ops->finish(comm, exchange, err);
     if (status != LR_OK)
@@ -64,8 +62,7 @@ finish(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error 
     return status;
 }
 
-static enum lr_status
-launch_and_finish(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
+static enum lr_status launch_and_finish(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
 {
     LR_TRY(launch(comm, exchange, err));
     return finish(comm, exchange, err);
@@ -102,28 +99,22 @@ static const void *offset_const(const void *base, size_t bytes)
     return base ? (const char *)base + bytes : NULL;
 }
 
-static enum lr_status check_sizes(const struct lr_comm *comm,
-                                  const char *label,
-                                  const size_t *sizes,
-                                  const void *data,
-                                  struct lr_error *err)
+static enum lr_status
+check_sizes(const struct lr_comm *comm, const char *label, const size_t *sizes, const void *data, struct lr_error *err)
 {
     size_t total = 0;
     for (int r = 0; r < comm->size; r++)
         if (__builtin_add_overflow(total, sizes[r], &total))
-            return lr_fail(err, LR_INVALID, "the sizes of '%s' are more than memory can hold",
-                           label);
+            return lr_fail(err, LR_INVALID, "the sizes of '%s' are more than memory can hold", label);
     if (total > 0 && !data)
         return lr_fail(err, LR_INVALID, "'%s' has %zu bytes but no buffer", label, total);
     return LR_OK;
 }
 
-static enum lr_status
-check_rank(const struct lr_comm *comm, const char *label, int rank, struct lr_error *err)
+static enum lr_status check_rank(const struct lr_comm *comm, const char *label, int rank, struct lr_error *err)
 {
     if (rank < 0 || rank >= comm->size)
-        return lr_fail(err, LR_INVALID, "'%s' names worker %d of a world of %d", label, rank,
-                       comm->size);
+        return lr_fail(err, LR_INVALID, "'%s' names worker %d of a world of %d", label, rank, comm->size);
     return LR_OK;
 }
 
@@ -210,12 +201,8 @@ static enum lr_status gather_pieces(struct lr_comm *comm,
     return launch_and_finish(comm, exchange, err);
 }
 
-static enum lr_status broadcast_split(struct lr_comm *comm,
-                                      const char *label,
-                                      int root,
-                                      void *data,
-                                      size_t size_bytes,
-                                      struct lr_error *err)
+static enum lr_status
+broadcast_split(struct lr_comm *comm, const char *label, int root, void *data, size_t size_bytes, struct lr_error *err)
 {
     struct lr_comm_exchange *exchange;
     LR_TRY(begin(comm, LR_COMM_BROADCAST, label, &exchange, err));
@@ -232,12 +219,8 @@ static enum lr_status broadcast_split(struct lr_comm *comm,
     return gather_pieces(comm, LR_COMM_BROADCAST, label, data, size_bytes, err);
 }
 
-enum lr_status lr_comm_broadcast(struct lr_comm *comm,
-                                 const char *label,
-                                 int root,
-                                 void *data,
-                                 size_t size_bytes,
-                                 struct lr_error *err)
+enum lr_status lr_comm_broadcast(
+    struct lr_comm *comm, const char *label, int root, void *data, size_t size_bytes, struct lr_error *err)
 {
     LR_TRY(enter(comm, label, err));
     LR_TRY(check_rank(comm, label, root, err));
@@ -257,12 +240,8 @@ enum lr_status lr_comm_broadcast(struct lr_comm *comm,
     return launch_and_finish(comm, exchange, err);
 }
 
-enum lr_status lr_comm_all_gather(struct lr_comm *comm,
-                                  const char *label,
-                                  const void *data,
-                                  size_t size_bytes,
-                                  void *received,
-                                  struct lr_error *err)
+enum lr_status lr_comm_all_gather(
+    struct lr_comm *comm, const char *label, const void *data, size_t size_bytes, void *received, struct lr_error *err)
 {
     LR_TRY(enter(comm, label, err));
     if (size_bytes > SIZE_MAX / LR_COMM_MAX_WORKERS)
@@ -272,8 +251,7 @@ enum lr_status lr_comm_all_gather(struct lr_comm *comm,
         return LR_OK;
     }
     struct lr_comm_exchange *exchange;
-    LR_TRY(gather_start(comm, LR_COMM_ALL_GATHER, label, data, NULL, size_bytes, received,
-                        &exchange, err));
+    LR_TRY(gather_start(comm, LR_COMM_ALL_GATHER, label, data, NULL, size_bytes, received, &exchange, err));
     return finish(comm, exchange, err);
 }
 
@@ -326,8 +304,8 @@ enum lr_status lr_comm_all_to_all_v_start(struct lr_comm *comm,
     LR_TRY(check_sizes(comm, label, send_sizes, data, err));
     LR_TRY(check_sizes(comm, label, recv_sizes, received, err));
     if (send_sizes[comm->rank] != recv_sizes[comm->rank])
-        return lr_fail(err, LR_INVALID, "worker %d sends itself %zu bytes and expects %zu at '%s'",
-                       comm->rank, send_sizes[comm->rank], recv_sizes[comm->rank], label);
+        return lr_fail(err, LR_INVALID, "worker %d sends itself %zu bytes and expects %zu at '%s'", comm->rank,
+                       send_sizes[comm->rank], recv_sizes[comm->rank], label);
     struct lr_comm_exchange *exchange = NULL;
     if (comm->size > 1)
         LR_TRY(begin(comm, LR_COMM_ALL_TO_ALL, label, &exchange, err));
@@ -357,16 +335,12 @@ enum lr_status lr_comm_all_to_all_v(struct lr_comm *comm,
                                     struct lr_error *err)
 {
     struct lr_comm_request request = {0};
-    LR_TRY(lr_comm_all_to_all_v_start(comm, label, data, send_sizes, received, recv_sizes, &request,
-                                      err));
+    LR_TRY(lr_comm_all_to_all_v_start(comm, label, data, send_sizes, received, recv_sizes, &request, err));
     return lr_comm_wait(comm, &request, err);
 }
 
-enum lr_status lr_comm_exchange_sizes(struct lr_comm *comm,
-                                      const char *label,
-                                      const size_t *send_sizes,
-                                      size_t *recv_sizes,
-                                      struct lr_error *err)
+enum lr_status lr_comm_exchange_sizes(
+    struct lr_comm *comm, const char *label, const size_t *send_sizes, size_t *recv_sizes, struct lr_error *err)
 {
     LR_TRY(enter(comm, label, err));
     recv_sizes[comm->rank] = send_sizes[comm->rank];
@@ -439,8 +413,7 @@ static enum lr_status reduce_sliced(struct lr_comm *comm,
     for (int r = 0; r < comm->size; r++) {
         if (r == comm->rank)
             continue;
-        set_send(&exchange->lanes[r], values + piece_start(comm, size_bytes, r),
-                 piece_size(comm, size_bytes, r));
+        set_send(&exchange->lanes[r], values + piece_start(comm, size_bytes, r), piece_size(comm, size_bytes, r));
         set_receive(&exchange->lanes[r], scratch + (size_t)r * my_bytes, my_bytes);
     }
     LR_TRY(launch_and_finish(comm, exchange, err));
@@ -477,23 +450,21 @@ static enum lr_status reduce(struct lr_comm *comm,
         bool sliced = comm->size > 2 && left > reduce_split_bytes;
         size_t most = sliced ? most_sliced : most_whole;
         size_t now = left < most ? left : most;
-        LR_TRY((sliced ? reduce_sliced : reduce_whole)(comm, kind, label, apply, at, now, scratch,
-                                                       err));
+        LR_TRY((sliced ? reduce_sliced : reduce_whole)(comm, kind, label, apply, at, now, scratch, err));
         left -= now;
         at = offset(at, now);
     } while (left > 0);
     return LR_OK;
 }
 
-enum lr_status lr_comm_max_f32(
-    struct lr_comm *comm, const char *label, float *values, size_t n_values, struct lr_error *err)
+enum lr_status
+lr_comm_max_f32(struct lr_comm *comm, const char *label, float *values, size_t n_values, struct lr_error *err)
 {
-    return reduce(comm, LR_COMM_MAXIMUM, label, reduce_max_f32, values, n_values, sizeof *values,
-                  err);
+    return reduce(comm, LR_COMM_MAXIMUM, label, reduce_max_f32, values, n_values, sizeof *values, err);
 }
 
-enum lr_status lr_comm_sum_i64(
-    struct lr_comm *comm, const char *label, int64_t *values, size_t n_values, struct lr_error *err)
+enum lr_status
+lr_comm_sum_i64(struct lr_comm *comm, const char *label, int64_t *values, size_t n_values, struct lr_error *err)
 {
     return reduce(comm, LR_COMM_SUM, label, reduce_sum_i64, values, n_values, sizeof *values, err);
 }
@@ -525,15 +496,13 @@ enum lr_status lr_comm_pass(struct lr_comm *comm,
     return launch_and_finish(comm, exchange, err);
 }
 
-enum lr_status
-lr_comm_wait(struct lr_comm *comm, struct lr_comm_request *request, struct lr_error *err)
+enum lr_status lr_comm_wait(struct lr_comm *comm, struct lr_comm_request *request, struct lr_error *err)
 {
     struct lr_comm_exchange *exchange = request->pending;
     if (!exchange)
         return LR_OK;
     if (comm->failed != LR_OK)
-        return lr_fail(err, comm->failed, "'%s' cannot end: an earlier step failed",
-                       exchange->label);
+        return lr_fail(err, comm->failed, "'%s' cannot end: an earlier step failed", exchange->label);
     LR_TRY(finish(comm, exchange, err));
     request->pending = NULL;
     return LR_OK;

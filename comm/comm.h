@@ -29,14 +29,13 @@ struct lr_comm {
     void *backend;
     int rank;
     int size;
-    int host_workers;      /* how many workers share this one's host, this one included */
-    int host_index;        /* this one's place among them, in rank order */
-    int root_is_here;      /* worker 0 is on this one's host */
-    enum lr_status failed; /* the first failure; everything entered after it fails with it */
-    uint64_t sequence;     /* raised by one for each collective; part of every header */
-    int64_t timeout_ms;    /* deadline of every wait, counted from its start */
-    void (*idle)(
-        void *context); /* called now and then inside waits (progress, signals); may be NULL */
+    int host_workers;            /* how many workers share this one's host, this one included */
+    int host_index;              /* this one's place among them, in rank order */
+    int root_is_here;            /* worker 0 is on this one's host */
+    enum lr_status failed;       /* the first failure; everything entered after it fails with it */
+    uint64_t sequence;           /* raised by one for each collective; part of every header */
+    int64_t timeout_ms;          /* deadline of every wait, counted from its start */
+    void (*idle)(void *context); /* called now and then inside waits (progress, signals); may be NULL */
     void *idle_context;
     struct lr_comm_stats {
         uint64_t n_collectives, sent_bytes, received_bytes;
@@ -56,8 +55,7 @@ void lr_comm_open_self(struct lr_comm *comm);
  * process. MPI's own start cannot be interrupted: where it takes longer than timeout_ms, a sentence
  * goes to stderr and the process ends with exit code 1. SIGALRM is used for that, here and in close
  * and abort, and must not be used elsewhere. */
-LR_MUST_USE enum lr_status
-lr_comm_open_mpi(int64_t timeout_ms, struct lr_comm *comm, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_comm_open_mpi(int64_t timeout_ms, struct lr_comm *comm, struct lr_error *err);
 
 /* Orderly end, entered by all; waits for the others. Where one of them does not come within the
  * deadline, the world is ended as by lr_comm_abort with exit code 1, after a sentence on stderr.
@@ -84,25 +82,16 @@ int lr_comm_speaks(const struct lr_comm *comm);
 /* `label` names the step in messages ("layer 3 experts"); it must be the same everywhere. All sizes
  * are in bytes. */
 
-LR_MUST_USE enum lr_status
-lr_comm_barrier(struct lr_comm *comm, const char *label, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_comm_barrier(struct lr_comm *comm, const char *label, struct lr_error *err);
 
 /* data [size_bytes] of worker `root` goes to all. */
-LR_MUST_USE enum lr_status lr_comm_broadcast(struct lr_comm *comm,
-                                             const char *label,
-                                             int root,
-                                             void *data,
-                                             size_t size_bytes,
-                                             struct lr_error *err);
+LR_MUST_USE enum lr_status lr_comm_broadcast(
+    struct lr_comm *comm, const char *label, int root, void *data, size_t size_bytes, struct lr_error *err);
 
 /* Worker r's `size_bytes` bytes land at received + r * size_bytes everywhere. `data` may lie there
  * already. */
-LR_MUST_USE enum lr_status lr_comm_all_gather(struct lr_comm *comm,
-                                              const char *label,
-                                              const void *data,
-                                              size_t size_bytes,
-                                              void *received,
-                                              struct lr_error *err);
+LR_MUST_USE enum lr_status lr_comm_all_gather(
+    struct lr_comm *comm, const char *label, const void *data, size_t size_bytes, void *received, struct lr_error *err);
 
 /* The same with sizes[r] bytes from worker r (known everywhere), packed in rank order; sizes may be
  * 0. */
@@ -142,21 +131,15 @@ LR_MUST_USE enum lr_status lr_comm_all_to_all_v_start(struct lr_comm *comm,
                                                       struct lr_error *err);
 
 /* recv_sizes[r] = what worker r put into its send_sizes[me]. */
-LR_MUST_USE enum lr_status lr_comm_exchange_sizes(struct lr_comm *comm,
-                                                  const char *label,
-                                                  const size_t *send_sizes,
-                                                  size_t *recv_sizes,
-                                                  struct lr_error *err);
+LR_MUST_USE enum lr_status lr_comm_exchange_sizes(
+    struct lr_comm *comm, const char *label, const size_t *send_sizes, size_t *recv_sizes, struct lr_error *err);
 
 /* Element-wise maximum (no NaN) and sum over all workers, in place. Both are exact and order-free.
  */
-LR_MUST_USE enum lr_status lr_comm_max_f32(
-    struct lr_comm *comm, const char *label, float *values, size_t n_values, struct lr_error *err);
-LR_MUST_USE enum lr_status lr_comm_sum_i64(struct lr_comm *comm,
-                                           const char *label,
-                                           int64_t *values,
-                                           size_t n_values,
-                                           struct lr_error *err);
+LR_MUST_USE enum lr_status
+lr_comm_max_f32(struct lr_comm *comm, const char *label, float *values, size_t n_values, struct lr_error *err);
+LR_MUST_USE enum lr_status
+lr_comm_sum_i64(struct lr_comm *comm, const char *label, int64_t *values, size_t n_values, struct lr_error *err);
 
 /* One message between two workers. Not a collective: only `from` and `to` enter (others skip it but
  * must raise their sequence by calling it too: every worker calls it and the ones not named return
@@ -171,8 +154,7 @@ LR_MUST_USE enum lr_status lr_comm_pass(struct lr_comm *comm,
                                         struct lr_error *err);
 
 /* Waits for a started operation; does nothing for one that is not in flight. */
-LR_MUST_USE enum lr_status
-lr_comm_wait(struct lr_comm *comm, struct lr_comm_request *request, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_comm_wait(struct lr_comm *comm, struct lr_comm_request *request, struct lr_error *err);
 
 /* Lets a transfer in flight make progress; cheap, for use between tiles of compute. */
 void lr_comm_poll(struct lr_comm *comm);

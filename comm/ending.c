@@ -79,8 +79,7 @@ static bool claim_daemon(const struct lr_ending *ending)
 
 static void end_all(const struct lr_ending *ending)
 {
-    bool daemon_lives =
-        ending->daemon && !lr_process_is_gone(ending->daemon, ending->daemon_started);
+    bool daemon_lives = ending->daemon && !lr_process_is_gone(ending->daemon, ending->daemon_started);
     if (daemon_lives) {
         if (claim_daemon(ending))
             kill((pid_t)ending->daemon, SIGTERM);

@@ -54,7 +54,7 @@ struct flight {
 
 struct mpi_world {
     MPI_Comm comm;
-    int crowded; /* more workers than cores here: spinning would steal from whom we wait for */
+    int crowded;             /* more workers than cores here: spinning would steal from whom we wait for */
     struct lr_place *places; /* [size] */
     struct lr_ending ending;
     struct flight flights[MAX_IN_FLIGHT];
@@ -145,8 +145,8 @@ static int post_receive(struct mpi_world *world, struct flight *flight, int peer
     for (size_t done = 0; code == MPI_SUCCESS && pieces_of(lane->recv_bytes) > 0 && done < lane->recv_bytes;
          done += PIECE_BYTES) {
         size_t left = lane->recv_bytes - done;
-        code = MPI_Irecv(data + done, (int)(left < PIECE_BYTES ? left : PIECE_BYTES), MPI_BYTE, peer, tag,
-                         world->comm, next_rest(flight, peer));
+        code = MPI_Irecv(data + done, (int)(left < PIECE_BYTES ? left : PIECE_BYTES), MPI_BYTE, peer, tag, world->comm,
+                         next_rest(flight, peer));
     }
     return code;
 }
@@ -162,22 +162,21 @@ static int post_send(struct mpi_world *world, struct flight *flight, int peer)
     size_t inlined = lane->send_bytes <= INLINE_BYTES ? lane->send_bytes : 0;
     if (inlined > 0)
         memcpy(head->payload, lane->send, inlined);
-    int code = MPI_Isend(head, (int)(HEADER_BYTES + inlined), MPI_BYTE, peer, TAG_HEAD, world->comm,
-                         next_rest(flight, peer));
+    int code =
+        MPI_Isend(head, (int)(HEADER_BYTES + inlined), MPI_BYTE, peer, TAG_HEAD, world->comm, next_rest(flight, peer));
     int tag = payload_tag(world, flight->exchange.sequence, lane->send_bytes);
     const char *data = lane->send;
     for (size_t done = 0; code == MPI_SUCCESS && pieces_of(lane->send_bytes) > 0 && done < lane->send_bytes;
          done += PIECE_BYTES) {
         size_t left = lane->send_bytes - done;
-        code = MPI_Isend(data + done, (int)(left < PIECE_BYTES ? left : PIECE_BYTES), MPI_BYTE, peer, tag,
-                         world->comm, next_rest(flight, peer));
+        code = MPI_Isend(data + done, (int)(left < PIECE_BYTES ? left : PIECE_BYTES), MPI_BYTE, peer, tag, world->comm,
+                         next_rest(flight, peer));
     }
     return code;
 }
 
 /* Receives first; sends start with the next worker in rank order, so that not all aim at the same one. */
-static enum lr_status
-mpi_launch(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
+static enum lr_status mpi_launch(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
 {
     struct flight *flight = (struct flight *)exchange;
     struct mpi_world *world = world_of(comm);
@@ -248,8 +247,7 @@ static enum lr_status test_heads(const struct lr_comm *comm, struct flight *flig
     return LR_OK;
 }
 
-static enum lr_status
-test_flight(const struct lr_comm *comm, struct flight *flight, int *done, struct lr_error *err)
+static enum lr_status test_flight(const struct lr_comm *comm, struct flight *flight, int *done, struct lr_error *err)
 {
     *done = 0;
     if (flight->n_heads_left > 0)
@@ -300,8 +298,7 @@ static void rest_a_little(const struct mpi_world *world, int64_t tests)
     nanosleep(&nap, NULL);
 }
 
-static enum lr_status
-mpi_finish(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
+static enum lr_status mpi_finish(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
 {
     struct flight *flight = (struct flight *)exchange;
     int64_t started_ns = lr_clock_ns(), deadline_ns = started_ns + comm->timeout_ms * 1000000;

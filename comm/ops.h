@@ -13,14 +13,14 @@
 #include "comm/comm.h"
 #include <stdbool.h>
 
-#define LR_COMM_KIND_MAP(X)                                                                        \
-    X(LR_COMM_BARRIER, "barrier")                                                                  \
-    X(LR_COMM_BROADCAST, "broadcast")                                                              \
-    X(LR_COMM_ALL_GATHER, "all-gather")                                                            \
-    X(LR_COMM_ALL_TO_ALL, "all-to-all")                                                            \
-    X(LR_COMM_SIZES, "exchange of sizes")                                                          \
-    X(LR_COMM_MAXIMUM, "maximum")                                                                  \
-    X(LR_COMM_SUM, "sum")                                                                          \
+#define LR_COMM_KIND_MAP(X)                                                                                            \
+    X(LR_COMM_BARRIER, "barrier")                                                                                      \
+    X(LR_COMM_BROADCAST, "broadcast")                                                                                  \
+    X(LR_COMM_ALL_GATHER, "all-gather")                                                                                \
+    X(LR_COMM_ALL_TO_ALL, "all-to-all")                                                                                \
+    X(LR_COMM_SIZES, "exchange of sizes")                                                                              \
+    X(LR_COMM_MAXIMUM, "maximum")                                                                                      \
+    X(LR_COMM_SUM, "sum")                                                                                              \
     X(LR_COMM_PASS, "pass")
 
 enum lr_comm_kind {
@@ -57,15 +57,11 @@ struct lr_comm_ops {
                             struct lr_error *err);
 
     /* Posts what the lanes say. Never blocks. Buffers stay the caller's and in use until finish. */
-    enum lr_status (*launch)(struct lr_comm *comm,
-                             struct lr_comm_exchange *exchange,
-                             struct lr_error *err);
+    enum lr_status (*launch)(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err);
 
     /* Blocks until the exchange is done or has failed, and takes it back on success. On failure
      * its buffers may still be written to. Lets the other exchanges in flight advance too. */
-    enum lr_status (*finish)(struct lr_comm *comm,
-                             struct lr_comm_exchange *exchange,
-                             struct lr_error *err);
+    enum lr_status (*finish)(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err);
 
     /* Advances what is in flight. Never blocks. */
     void (*poll)(struct lr_comm *comm);

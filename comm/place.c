@@ -143,8 +143,7 @@ bool lr_place_is_gone(const struct lr_place *mine, const struct lr_place *other)
 
 int64_t lr_process_find_daemon(int64_t *started)
 {
-    static const char *const names[] = {"mpirun", "orterun", "mpiexec", "orted", "prterun",
-                                        "prted"};
+    static const char *const names[] = {"mpirun", "orterun", "mpiexec", "orted", "prterun", "prted"};
     enum { MOST_WRAPPERS = 8 }; /* between the daemon and us: a shell, a profiler, "nice" */
     int64_t process = getppid();
     for (int i = 0; i <= MOST_WRAPPERS && process > 1; i++) {

@@ -15,7 +15,7 @@ enum { LR_PLACE_HOST_BYTES = 64, LR_PLACE_BOOT_BYTES = 40 };
 
 struct lr_place {
     int64_t process;
-    int64_t started;           /* clock ticks after boot: tells a process from a later one of the same number */
+    int64_t started; /* clock ticks after boot: tells a process from a later one of the same number */
     uint64_t process_namespace;
     char boot[LR_PLACE_BOOT_BYTES];
     char host[LR_PLACE_HOST_BYTES];

@@ -12,16 +12,14 @@ static enum lr_status self_begin(struct lr_comm *comm,
 {
     (void)comm;
     (void)out;
-    return lr_fail(err, LR_INTERNAL, "a world of one worker has no exchange: %s at '%s'",
-                   lr_comm_kind_text(kind), label);
+    return lr_fail(err, LR_INTERNAL, "a world of one worker has no exchange: %s at '%s'", lr_comm_kind_text(kind),
+                   label);
 }
 
-static enum lr_status
-self_launch(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
+static enum lr_status self_launch(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
 {
     (void)comm;
-    return lr_fail(err, LR_INTERNAL, "a world of one worker has no exchange: '%s'",
-                   exchange->label);
+    return lr_fail(err, LR_INTERNAL, "a world of one worker has no exchange: '%s'", exchange->label);
 }
 
 static void self_poll(struct lr_comm *comm)

@@ -248,9 +248,8 @@ struct lr_delta_step_args {
     const lr_act *q, *k, *v;
     int64_t qkv_stride;
     const float *g, *beta; /* [n_rows, n_v_heads] */
-    float *const
-        *states; /* [n_rows] pointers to S [n_v_heads, dk, dv], updated in place; all different */
-    lr_act *o;   /* [n_rows, n_v_heads * dv], row stride o_stride */
+    float *const *states;  /* [n_rows] pointers to S [n_v_heads, dk, dv], updated in place; all different */
+    lr_act *o;             /* [n_rows, n_v_heads * dv], row stride o_stride */
     int64_t o_stride;
     int64_t n_rows;
 };
@@ -276,8 +275,7 @@ struct lr_kv_ref {
     const void *data;
     int64_t position; /* of its first token, a multiple of 128 */
     int32_t n_keys;   /* 1..128 */
-    int32_t
-        whole; /* 1: seen by window and sinks rules alike (a chosen block); causality still holds */
+    int32_t whole;    /* 1: seen by window and sinks rules alike (a chosen block); causality still holds */
 };
 
 struct lr_kv_list {
@@ -305,22 +303,19 @@ struct lr_kv_store_args {
  * sees nothing keeps m = -inf, l = 0, o = 0. */
 struct lr_attention_args {
     struct lr_kv_shape shape;
-    const lr_act
-        *q; /* [n_rows, n_heads, head_dim], row stride q_stride, head stride q_head_stride */
+    const lr_act *q; /* [n_rows, n_heads, head_dim], row stride q_stride, head stride q_head_stride */
     int64_t q_stride;
     int64_t q_head_stride;
     int64_t n_rows;
-    const int64_t
-        *positions; /* [n_rows] absolute; ascending where `lists` has more than one entry */
+    const int64_t *positions; /* [n_rows] absolute; ascending where `lists` has more than one entry */
     float scale;
     int64_t window; /* 0: no window, everything before i is visible */
     int64_t sinks;
-    const struct lr_kv_list
-        *lists;      /* one list for all; or [query block][n_kv_heads] where n_lists > 1: */
-    int64_t n_lists; /*   row r reads list (positions[r] / 128 - positions[0] / 128, its KV head) */
-    float *m;        /* [n_rows, n_heads]; -inf before the first fold */
-    float *l;        /* [n_rows, n_heads]; 0 */
-    float *o;        /* [n_rows, n_heads, head_dim]; 0 */
+    const struct lr_kv_list *lists; /* one list for all; or [query block][n_kv_heads] where n_lists > 1: */
+    int64_t n_lists;                /*   row r reads list (positions[r] / 128 - positions[0] / 128, its KV head) */
+    float *m;                       /* [n_rows, n_heads]; -inf before the first fold */
+    float *l;                       /* [n_rows, n_heads]; 0 */
+    float *o;                       /* [n_rows, n_heads, head_dim]; 0 */
 };
 
 /* y = o / l (0 where l = 0), into [n_rows, n_heads * head_dim]. */
@@ -346,10 +341,9 @@ struct lr_merge_args {
     int64_t n_partials_total; /* over all workers: the same number everywhere */
     const float *m, *l;       /* [n_partials, n_rows, n_heads] */
     const float *o;           /* [n_partials, n_rows, n_heads, head_dim] */
-    float *bound; /* [n_rows, n_heads, 2]; merge_bounds writes it, later steps read it */
-    int64_t
-        *sums; /* [n_rows, n_heads, head_dim + 1], the last is l; merge_accumulate overwrites it */
-    lr_act *y; /* merge_finish: [n_rows, n_heads * head_dim], row stride y_stride */
+    float *bound;             /* [n_rows, n_heads, 2]; merge_bounds writes it, later steps read it */
+    int64_t *sums;            /* [n_rows, n_heads, head_dim + 1], the last is l; merge_accumulate overwrites it */
+    lr_act *y;                /* merge_finish: [n_rows, n_heads * head_dim], row stride y_stride */
     int64_t y_stride;
 };
 
@@ -372,8 +366,7 @@ struct lr_block_summary_args {
  * ascending block numbers, padded with -1. */
 struct lr_block_select_args {
     struct lr_kv_shape shape;
-    const lr_act
-        *q; /* [n_rows, n_heads, head_dim], strides as in attention; consecutive positions */
+    const lr_act *q; /* [n_rows, n_heads, head_dim], strides as in attention; consecutive positions */
     int64_t q_stride;
     int64_t q_head_stride;
     int64_t n_rows;
@@ -465,10 +458,7 @@ struct lr_kernel_ops {
 
     size_t (*delta_work_floats)(struct lr_delta_shape shape, int64_t n_rows);
     /* Writes M [n_v_heads, dk, dk] and B [n_v_heads, dk, dv] of the segment, and args->work. */
-    void (*delta_summary)(const struct lr_exec *exec,
-                          const struct lr_delta_segment_args *args,
-                          float *m,
-                          float *b);
+    void (*delta_summary)(const struct lr_exec *exec, const struct lr_delta_segment_args *args, float *m, float *b);
     /* After delta_summary, with the state s_in that enters the segment: o [n_rows, n_v_heads * dv],
      * stride o_stride. */
     void (*delta_output)(const struct lr_exec *exec,
@@ -482,8 +472,7 @@ struct lr_kernel_ops {
     size_t (*kv_block_bytes)(struct lr_kv_shape shape);
     void (*kv_store)(const struct lr_exec *exec, const struct lr_kv_store_args *args);
     void (*attention)(const struct lr_exec *exec, const struct lr_attention_args *args);
-    void (*attention_finish)(const struct lr_exec *exec,
-                             const struct lr_attention_finish_args *args);
+    void (*attention_finish)(const struct lr_exec *exec, const struct lr_attention_finish_args *args);
     void (*merge_bounds)(const struct lr_exec *exec, const struct lr_merge_args *args);
     void (*merge_accumulate)(const struct lr_exec *exec, const struct lr_merge_args *args);
     void (*merge_finish)(const struct lr_exec *exec, const struct lr_merge_args *args);
@@ -493,12 +482,8 @@ struct lr_kernel_ops {
 
     void (*router)(const struct lr_exec *exec, const struct lr_router_args *args);
     /* Copies rows: y[i] = x[rows[i]], d elements each. */
-    void (*gather_rows)(const struct lr_exec *exec,
-                        const lr_act *x,
-                        int64_t d,
-                        const int64_t *rows,
-                        int64_t n_rows,
-                        lr_act *y);
+    void (*gather_rows)(
+        const struct lr_exec *exec, const lr_act *x, int64_t d, const int64_t *rows, int64_t n_rows, lr_act *y);
     void (*moe_combine)(const struct lr_exec *exec, const struct lr_moe_combine_args *args);
 };
 
@@ -506,8 +491,7 @@ enum lr_isa { LR_ISA_AUTO, LR_ISA_V4, LR_ISA_V3, LR_ISA_C };
 
 /* The CPU table for an instruction set; AUTO takes the widest that this machine has.
  * LR_UNSUPPORTED, naming what is missing, where the machine lacks `isa`. */
-LR_MUST_USE enum lr_status
-lr_kernels_cpu(enum lr_isa isa, const struct lr_kernel_ops **out, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_kernels_cpu(enum lr_isa isa, const struct lr_kernel_ops **out, struct lr_error *err);
 
 /* cos and sin of positions[t] * inv_freq[j], times `factor`, into [n_rows, n_freq]: the angle and
  * its reduction to

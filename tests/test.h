@@ -2,7 +2,8 @@
 #ifndef LR_TESTS_TEST_H
 #define LR_TESTS_TEST_H
 
-/* clang-format off: cmocka.h wants these four first */
+/* cmocka.h wants these before it */
+/* clang-format off */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

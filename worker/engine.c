@@ -47,14 +47,12 @@ static enum lr_status count_host_workers(struct lr_comm *comm, int *count, struc
     return status;
 }
 
-static enum lr_status choose_placement(const struct lr_engine_options *options,
-                                       struct lr_engine *engine,
-                                       struct lr_error *err)
+static enum lr_status
+choose_placement(const struct lr_engine_options *options, struct lr_engine *engine, struct lr_error *err)
 {
     struct lr_model_dims dims;
     size_t replicated_bytes;
-    LR_TRY(lr_model_peek(options->model_dir, engine->ops, engine->comm->size, 1, &dims,
-                         &replicated_bytes, err));
+    LR_TRY(lr_model_peek(options->model_dir, engine->ops, engine->comm->size, 1, &dims, &replicated_bytes, err));
     switch (options->experts) {
     case LR_EXPERTS_SHARDED:
         engine->experts_replicated = 0;

@@ -42,7 +42,6 @@ void lr_engine_close(struct lr_engine *engine);
 
 /* Collective agreement on an error: if any worker brings a status other than LR_OK, all return the
  * lowest rank's failure with its text. `mine` may have failed before; `err` holds its text. */
-LR_MUST_USE enum lr_status
-lr_agree(struct lr_comm *comm, enum lr_status mine, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_agree(struct lr_comm *comm, enum lr_status mine, struct lr_error *err);
 
 #endif

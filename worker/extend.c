@@ -9,8 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum lr_status
-lr_session_fork(struct lr_session *session, struct lr_fork **out, struct lr_error *err)
+enum lr_status lr_session_fork(struct lr_session *session, struct lr_fork **out, struct lr_error *err)
 {
     if (!session->sealed)
         return lr_fail(err, LR_INVALID, "a fork needs a sealed document");
@@ -23,8 +22,7 @@ lr_session_fork(struct lr_session *session, struct lr_fork **out, struct lr_erro
         *out = fork;
         return LR_OK;
     }
-    return lr_fail(err, LR_FULL, "all %lld forks of the session are in use",
-                   (long long)session->options.max_forks);
+    return lr_fail(err, LR_FULL, "all %lld forks of the session are in use", (long long)session->options.max_forks);
 }
 
 void lr_fork_rewind(struct lr_fork *fork)
@@ -40,8 +38,8 @@ void lr_fork_rewind(struct lr_fork *fork)
     size_t layer_bytes = (size_t)session->fork_blocks * session->block_bytes;
     for (int64_t i = 0; i < dims->n_attention_layers; i++) {
         memset(fork->kv + (size_t)i * layer_bytes, 0, layer_bytes);
-        memcpy(fork->kv + (size_t)i * layer_bytes,
-               session->edge_blocks + (size_t)i * session->block_bytes, session->block_bytes);
+        memcpy(fork->kv + (size_t)i * layer_bytes, session->edge_blocks + (size_t)i * session->block_bytes,
+               session->block_bytes);
     }
 }
 
@@ -86,17 +84,14 @@ static enum lr_status check_inputs(const struct lr_session *session,
         if (input->n_ids < 1)
             return lr_fail(err, LR_INVALID, "question %lld has no tokens", (long long)i + 1);
         if (input->fork->position + input->n_ids > end)
-            return lr_fail(
-                err, LR_INVALID,
-                "question %lld and its answer would take %lld tokens, more than the %lld "
-                "that were planned for",
-                (long long)i + 1,
-                (long long)(input->fork->position + input->n_ids - session->n_tokens),
-                (long long)session->options.max_fork_tokens);
+            return lr_fail(err, LR_INVALID,
+                           "question %lld and its answer would take %lld tokens, more than the %lld "
+                           "that were planned for",
+                           (long long)i + 1, (long long)(input->fork->position + input->n_ids - session->n_tokens),
+                           (long long)session->options.max_fork_tokens);
         for (int64_t j = 0; j < input->n_ids; j++)
             if (input->ids[j] < 0 || input->ids[j] >= vocab)
-                return lr_fail(err, LR_INVALID,
-                               "token id %d of question %lld is outside the vocabulary of %lld",
+                return lr_fail(err, LR_INVALID, "token id %d of question %lld is outside the vocabulary of %lld",
                                input->ids[j], (long long)i + 1, (long long)vocab);
     }
     return LR_OK;
@@ -130,8 +125,7 @@ static int64_t choose_slices(const struct extension *extension, int64_t first, i
 }
 
 /* Logits of every row of a single fork's step, to the caller's sink. */
-static enum lr_status
-sink_rows(const struct extension *extension, const struct lr_step *step, struct lr_error *err)
+static enum lr_status sink_rows(const struct extension *extension, const struct lr_step *step, struct lr_error *err)
 {
     struct lr_session *session = extension->session;
     struct lr_engine *engine = session->engine;
@@ -147,11 +141,8 @@ sink_rows(const struct extension *extension, const struct lr_step *step, struct 
 }
 
 /* Runs slices [first, end) and moves the forks on. */
-static enum lr_status run_slices(const struct extension *extension,
-                                 int64_t first,
-                                 int64_t end,
-                                 const int64_t *slice_first,
-                                 struct lr_error *err)
+static enum lr_status run_slices(
+    const struct extension *extension, int64_t first, int64_t end, const int64_t *slice_first, struct lr_error *err)
 {
     struct lr_session *session = extension->session;
     const struct lr_model_dims *dims = &session->engine->model.dims;
@@ -163,15 +154,12 @@ static enum lr_status run_slices(const struct extension *extension,
     for (int64_t f = 0; f < n_forks; f++)
         forks[f] = extension->entries[f].input->fork;
     for (int64_t j = first; j < end; j++)
-        for (int64_t f = 0, row = slice_first[j - first]; row < slice_first[j - first + 1];
-             f++, row++) {
+        for (int64_t f = 0, row = slice_first[j - first]; row < slice_first[j - first + 1]; f++, row++) {
             positions[row] = forks[f]->position + (j - first);
             ids[row] = extension->entries[f].input->ids[j];
         }
-    struct lr_batch batch = {
-        .forks = forks, .n_forks = n_forks, .n_slices = end - first, .slice_first = slice_first};
-    struct lr_step step = {
-        .session = session, .batch = &batch, .n_rows = n_rows, .positions = positions};
+    struct lr_batch batch = {.forks = forks, .n_forks = n_forks, .n_slices = end - first, .slice_first = slice_first};
+    struct lr_step step = {.session = session, .batch = &batch, .n_rows = n_rows, .positions = positions};
     LR_TRY(lr_step_begin(&step, ids, err));
     LR_TRY(lr_step_layers(&step, err));
     for (int64_t f = 0; f < n_forks; f++) {
@@ -184,8 +172,7 @@ static enum lr_status run_slices(const struct extension *extension,
     return extension->sink ? sink_rows(extension, &step, err) : LR_OK;
 }
 
-static enum lr_status
-run_extension(const struct extension *extension, int64_t *slice_first, struct lr_error *err)
+static enum lr_status run_extension(const struct extension *extension, int64_t *slice_first, struct lr_error *err)
 {
     int64_t most = extension->entries[0].input->n_ids;
     for (int64_t first = 0; first < most;) {
@@ -226,8 +213,7 @@ enum lr_status lr_forks_extend(struct lr_session *session,
         return lr_fail(err, LR_INVALID, "%lld forks in one call", (long long)n_inputs);
     LR_TRY(check_inputs(session, inputs, n_inputs, err));
     enum lr_status status = LR_OK;
-    struct extension extension = {
-        .session = session, .n = n_inputs, .sink = sink, .sink_context = sink_context};
+    struct extension extension = {.session = session, .n = n_inputs, .sink = sink, .sink_context = sink_context};
     int64_t most = 0;
     for (int64_t i = 0; i < n_inputs; i++)
         most = lr_max_i64(most, inputs[i].n_ids);

@@ -43,8 +43,7 @@ static int32_t take_token(struct group *group, int64_t slot, int64_t first_quest
         return -1;
     }
     answer->ids[answer->n_ids++] = token;
-    if (generation->stop &&
-        generation->stop(generation->stop_context, first_question + index, answer))
+    if (generation->stop && generation->stop(generation->stop_context, first_question + index, answer))
         answer->finished = 1;
     return answer->finished || answer->n_generated >= generation->max_new_tokens ? -1 : token;
 }
@@ -56,26 +55,24 @@ static enum lr_status decode(struct group *group, int64_t first_question, struct
     while (n_running > 0) {
         for (int64_t i = 0; comm->rank == 0 && i < n_running; i++)
             group->tokens[i] = take_token(group, i, first_question);
-        LR_TRY(lr_comm_broadcast(comm, "next tokens", 0, group->tokens,
-                                 (size_t)n_running * sizeof *group->tokens, err));
+        LR_TRY(
+            lr_comm_broadcast(comm, "next tokens", 0, group->tokens, (size_t)n_running * sizeof *group->tokens, err));
         int64_t kept = 0;
         for (int64_t i = 0; i < n_running; i++) {
             if (group->tokens[i] < 0)
                 continue;
             group->running[kept] = group->running[i];
             group->tokens[kept] = group->tokens[i];
-            group->inputs[kept] = (struct lr_fork_input){.fork = group->forks[group->running[kept]],
-                                                         .ids = &group->tokens[kept],
-                                                         .n_ids = 1};
+            group->inputs[kept] = (struct lr_fork_input){
+                .fork = group->forks[group->running[kept]], .ids = &group->tokens[kept], .n_ids = 1};
             kept++;
         }
         tokens_done += n_running;
         n_running = kept;
         if (comm->rank == 0 && group->generation->on_step)
-            group->generation->on_step(group->generation->step_context,
-                                       first_question + group->n - n_running, tokens_done);
-        LR_TRY(lr_forks_extend(group->session, group->inputs, n_running, group->logits, NULL, NULL,
-                               err));
+            group->generation->on_step(group->generation->step_context, first_question + group->n - n_running,
+                                       tokens_done);
+        LR_TRY(lr_forks_extend(group->session, group->inputs, n_running, group->logits, NULL, NULL, err));
     }
     return LR_OK;
 }
@@ -85,14 +82,12 @@ static enum lr_status ask(struct group *group, int64_t first_question, struct lr
     for (int64_t i = 0; i < group->n; i++) {
         LR_TRY(lr_session_fork(group->session, &group->forks[i], err));
         group->running[i] = i;
-        group->inputs[i] = (struct lr_fork_input){.fork = group->forks[i],
-                                                  .ids = group->questions[i].ids,
-                                                  .n_ids = group->questions[i].n_ids};
+        group->inputs[i] = (struct lr_fork_input){
+            .fork = group->forks[i], .ids = group->questions[i].ids, .n_ids = group->questions[i].n_ids};
         group->answers[i].n_ids = group->answers[i].n_generated = 0;
         group->answers[i].finished = 0;
     }
-    LR_TRY(
-        lr_forks_extend(group->session, group->inputs, group->n, group->logits, NULL, NULL, err));
+    LR_TRY(lr_forks_extend(group->session, group->inputs, group->n, group->logits, NULL, NULL, err));
     return group->generation->max_new_tokens > 0 ? decode(group, first_question, err) : LR_OK;
 }
 

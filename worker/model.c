@@ -19,17 +19,14 @@ int lr_expert_owner(int64_t n_experts, int64_t expert, int size)
     int owner = (int)(expert * size / n_experts);
     while (lr_expert_range_of(n_experts, owner, size, 0).first > expert)
         owner--;
-    while (lr_expert_range_of(n_experts, owner, size, 0).first +
-               lr_expert_range_of(n_experts, owner, size, 0).count <=
+    while (lr_expert_range_of(n_experts, owner, size, 0).first + lr_expert_range_of(n_experts, owner, size, 0).count <=
            expert)
         owner++;
     return owner;
 }
 
-static enum lr_status read_config(const char *dir,
-                                  struct lr_qwen3_next_config *config,
-                                  struct lr_model_dims *dims,
-                                  struct lr_error *err)
+static enum lr_status
+read_config(const char *dir, struct lr_qwen3_next_config *config, struct lr_model_dims *dims, struct lr_error *err)
 {
     LR_TRY(lr_qwen3_next_config_load(dir, config, err));
     lr_qwen3_next_dims(config, dims);

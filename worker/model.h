@@ -57,8 +57,8 @@ struct lr_ffn_weights {
 
 struct lr_layer {
     enum lr_mixer mixer;
-    int64_t mixer_index; /* how many layers of the same mixer come before: the index of its state or
-                            KV */
+    int64_t mixer_index;  /* how many layers of the same mixer come before: the index of its state or
+                             KV */
     float *norm1, *norm2; /* [d] */
     union {
         struct lr_gated_delta_weights delta;
@@ -73,8 +73,7 @@ struct lr_model_dims {
     int64_t n_heads, n_kv_heads, head_dim, rotary_dim;
     struct lr_delta_shape delta;
     int64_t conv_channels, conv_taps;
-    int64_t n_experts, top_k, expert_ffn, shared_ffn,
-        dense_ffn; /* n_experts: 0 where no layer has experts */
+    int64_t n_experts, top_k, expert_ffn, shared_ffn, dense_ffn; /* n_experts: 0 where no layer has experts */
     int renormalize;
     enum lr_activation activation;
     float norm_eps;

@@ -29,10 +29,8 @@ int64_t lr_plan_fork_blocks(const struct lr_session_options *options)
 
 struct lr_kv_shape lr_plan_kv_shape(const struct lr_model_dims *dims, enum lr_dtype dtype)
 {
-    return (struct lr_kv_shape){.n_heads = dims->n_heads,
-                                .n_kv_heads = dims->n_kv_heads,
-                                .head_dim = dims->head_dim,
-                                .dtype = dtype};
+    return (struct lr_kv_shape){
+        .n_heads = dims->n_heads, .n_kv_heads = dims->n_kv_heads, .head_dim = dims->head_dim, .dtype = dtype};
 }
 
 size_t lr_plan_state_bytes(const struct lr_model_dims *dims,
@@ -42,11 +40,9 @@ size_t lr_plan_state_bytes(const struct lr_model_dims *dims,
 {
     size_t wave = (size_t)options->segment_tokens * (size_t)n_workers;
     size_t bytes = wave * sizeof(int32_t);
-    bytes += (size_t)dims->n_delta_layers * (lr_state_floats(dims) + lr_tail_floats(dims) + 32) *
-             sizeof(float);
+    bytes += (size_t)dims->n_delta_layers * (lr_state_floats(dims) + lr_tail_floats(dims) + 32) * sizeof(float);
     bytes += (size_t)dims->n_attention_layers * (block_bytes + 64);
-    size_t summary =
-        (size_t)(dims->n_kv_heads * dims->head_dim * dims->n_attention_layers) * sizeof(float);
+    size_t summary = (size_t)(dims->n_kv_heads * dims->head_dim * dims->n_attention_layers) * sizeof(float);
     if (options->top_k_blocks > 0)
         bytes += summary * (size_t)ceil_div(options->max_tokens, BLOCK);
     if (options->decode_pages > 0)
@@ -54,9 +50,8 @@ size_t lr_plan_state_bytes(const struct lr_model_dims *dims,
     return bytes + 4096;
 }
 
-size_t lr_plan_fork_bytes(const struct lr_model_dims *dims,
-                          const struct lr_session_options *options,
-                          size_t block_bytes)
+size_t
+lr_plan_fork_bytes(const struct lr_model_dims *dims, const struct lr_session_options *options, size_t block_bytes)
 {
     size_t layers = (size_t)dims->n_delta_layers;
     size_t state = layers * (lr_state_floats(dims) + lr_tail_floats(dims) + 32) * sizeof(float);
@@ -75,8 +70,7 @@ size_t lr_plan_workspace_bytes(const struct lr_model_dims *dims,
     struct lr_session_options clipped = *options;
     clipped.segment_tokens = ceil_div(segment, BLOCK) * BLOCK;
     int64_t fork_rows = lr_fork_step_rows(dims, options, n_workers);
-    size_t row = (size_t)(2 * dims->d + dims->rotary_dim) * sizeof(float) + sizeof(int64_t) +
-                 sizeof(int32_t);
+    size_t row = (size_t)(2 * dims->d + dims->rotary_dim) * sizeof(float) + sizeof(int64_t) + sizeof(int32_t);
     size_t document = 0, forks = 0;
     for (int kind = 0; kind < 2; kind++) {
         const struct lr_layer_ops *layer = lr_layer_ops_of((enum lr_mixer)kind);
@@ -94,8 +88,7 @@ size_t lr_plan_workspace_bytes(const struct lr_model_dims *dims,
     document = a > document ? a : document;
     forks = b > forks ? b : forks;
     document = LOGITS_ROWS * logits > document ? LOGITS_ROWS * logits : document;
-    forks =
-        (size_t)options->max_forks * logits > forks ? (size_t)options->max_forks * logits : forks;
+    forks = (size_t)options->max_forks * logits > forks ? (size_t)options->max_forks * logits : forks;
     document += (size_t)clipped.segment_tokens * row;
     forks += (size_t)fork_rows * row + (size_t)options->max_forks * sizeof(void *);
     return (document > forks ? document : forks) + 65536;
@@ -139,11 +132,10 @@ void lr_session_plan(const struct lr_model_dims *dims,
 {
     size_t block_bytes = ops->kv_block_bytes(lr_plan_kv_shape(dims, options->kv_dtype));
     *plan = (struct lr_memory_plan){.weights_bytes = weights_bytes};
-    plan->kv_bytes =
-        (size_t)(dims->n_attention_layers * lr_plan_local_blocks(options, n_workers)) * block_bytes;
+    plan->kv_bytes = (size_t)(dims->n_attention_layers * lr_plan_local_blocks(options, n_workers)) * block_bytes;
     plan->state_bytes = lr_plan_state_bytes(dims, options, n_workers, block_bytes);
     plan->fork_bytes = lr_plan_fork_bytes(dims, options, block_bytes);
     plan->workspace_bytes = lr_plan_workspace_bytes(dims, ops, n_workers, replicated, options);
-    plan->total_bytes = plan->weights_bytes + plan->kv_bytes + plan->state_bytes +
-                        plan->fork_bytes + plan->workspace_bytes;
+    plan->total_bytes =
+        plan->weights_bytes + plan->kv_bytes + plan->state_bytes + plan->fork_bytes + plan->workspace_bytes;
 }

@@ -16,9 +16,8 @@ size_t lr_plan_state_bytes(const struct lr_model_dims *dims,
                            const struct lr_session_options *options,
                            int n_workers,
                            size_t block_bytes);
-size_t lr_plan_fork_bytes(const struct lr_model_dims *dims,
-                          const struct lr_session_options *options,
-                          size_t block_bytes);
+size_t
+lr_plan_fork_bytes(const struct lr_model_dims *dims, const struct lr_session_options *options, size_t block_bytes);
 size_t lr_plan_workspace_bytes(const struct lr_model_dims *dims,
                                const struct lr_kernel_ops *ops,
                                int n_workers,

@@ -20,8 +20,7 @@ enum lr_status lr_step_begin(struct lr_step *step, const int32_t *ids, struct lr
     if (!step->h)
         return lr_fail(err, LR_INTERNAL, "workspace for %lld rows was not planned", (long long)n);
     if (dims->n_attention_layers > 0)
-        lr_rope_table(step->positions, n, model->inv_freq, n_freq, dims->rope_factor, step->cos,
-                      step->sin);
+        lr_rope_table(step->positions, n, model->inv_freq, n_freq, dims->rope_factor, step->cos, step->sin);
     engine->ops->embed(&engine->exec, model->embed, model->embed_dtype, dims->d, ids, n, step->x);
     return LR_OK;
 }
@@ -61,8 +60,7 @@ enum lr_status lr_step_layers(struct lr_step *step, struct lr_error *err)
     return LR_OK;
 }
 
-void lr_step_logits(
-    struct lr_engine *engine, const float *x, int64_t n_rows, float *normed, float *logits)
+void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, float *normed, float *logits)
 {
     const struct lr_model *model = &engine->model;
     struct lr_rmsnorm_args norm_args = {.x = x,
@@ -88,13 +86,10 @@ void lr_step_logits(
  * --------------------------------------------------------------------------------- */
 
 /* The i-th wanted position at or behind `from`; -1 when there is none before `end`. */
-static int64_t
-wanted_position(const struct lr_session *session, int64_t index, int64_t from, int64_t end)
+static int64_t wanted_position(const struct lr_session *session, int64_t index, int64_t from, int64_t end)
 {
     const struct lr_session_hooks *hooks = &session->hooks;
-    int64_t position = hooks->positions
-                           ? (index < hooks->n_positions ? hooks->positions[index] : end)
-                           : from + index;
+    int64_t position = hooks->positions ? (index < hooks->n_positions ? hooks->positions[index] : end) : from + index;
     return position < end ? position : -1;
 }
 
@@ -112,12 +107,8 @@ static int64_t next_batch(struct lr_session *session, int64_t start, int64_t end
     return n;
 }
 
-static enum lr_status send_logits(struct lr_step *step,
-                                  int owner,
-                                  const int64_t *rows,
-                                  int64_t n,
-                                  int64_t start,
-                                  struct lr_error *err)
+static enum lr_status
+send_logits(struct lr_step *step, int owner, const int64_t *rows, int64_t n, int64_t start, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
@@ -136,8 +127,8 @@ static enum lr_status send_logits(struct lr_step *step,
         LR_TRY(lr_comm_pass(comm, "logits", owner, logits, 0, logits, bytes, err));
     enum lr_status status = LR_OK;
     for (int64_t i = 0; comm->rank == 0 && i < n && status == LR_OK; i++)
-        status = session->hooks.on_logits(session->hooks.logits_context, start + rows[i],
-                                          logits + i * dims->vocab, err);
+        status =
+            session->hooks.on_logits(session->hooks.logits_context, start + rows[i], logits + i * dims->vocab, err);
     lr_arena_rewind(&session->workspace, mark);
     return status;
 }
@@ -157,16 +148,13 @@ static enum lr_status report_logits(struct lr_step *step, struct lr_error *err)
     return lr_agree(session->engine->comm, status, err);
 }
 
-enum lr_status lr_prefill_wave(struct lr_session *session,
-                               const struct lr_wave *wave,
-                               const int32_t *ids,
-                               struct lr_error *err)
+enum lr_status
+lr_prefill_wave(struct lr_session *session, const struct lr_wave *wave, const int32_t *ids, struct lr_error *err)
 {
     struct lr_engine *engine = session->engine;
     lr_arena_rewind(&session->workspace, 0);
     int64_t start = lr_wave_start(wave, engine->comm->rank);
-    struct lr_step step = {
-        .session = session, .wave = wave, .n_rows = lr_wave_length(wave, engine->comm->rank)};
+    struct lr_step step = {.session = session, .wave = wave, .n_rows = lr_wave_length(wave, engine->comm->rank)};
     int64_t *positions = LR_STEP_ARRAY(session, int64_t, step.n_rows);
     for (int64_t i = 0; i < step.n_rows; i++)
         positions[i] = start + i;

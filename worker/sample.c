@@ -28,8 +28,7 @@ static int32_t greedy(const float *logits, int64_t vocab)
 /* Larger logit first, then the lower id; NaN last. */
 static int before(const float *logits, int32_t a, int32_t b)
 {
-    float x = isnan(logits[a]) ? -INFINITY : logits[a],
-          y = isnan(logits[b]) ? -INFINITY : logits[b];
+    float x = isnan(logits[a]) ? -INFINITY : logits[a], y = isnan(logits[b]) ? -INFINITY : logits[b];
     return x > y || (x == y && a < b);
 }
 
@@ -39,11 +38,8 @@ static int compare_tokens(const void *a, const void *b, void *logits)
     return before(logits, x, y) ? -1 : x != y;
 }
 
-int32_t lr_sample(const struct lr_sampling *sampling,
-                  const float *logits,
-                  int64_t vocab,
-                  int64_t position,
-                  int32_t *scratch)
+int32_t
+lr_sample(const struct lr_sampling *sampling, const float *logits, int64_t vocab, int64_t position, int32_t *scratch)
 {
     if (sampling->temperature <= 0.0f)
         return greedy(logits, vocab);

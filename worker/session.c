@@ -22,12 +22,10 @@ static enum lr_status check_options(const struct lr_session_options *o, struct l
 {
     if (o->segment_tokens < LR_MIN_SEGMENT_TOKENS || o->segment_tokens > LR_MAX_SEGMENT_TOKENS ||
         (o->segment_tokens & (o->segment_tokens - 1)) != 0)
-        return lr_fail(err, LR_INVALID,
-                       "segment of %lld tokens: it must be a power of two from %d to %d",
+        return lr_fail(err, LR_INVALID, "segment of %lld tokens: it must be a power of two from %d to %d",
                        (long long)o->segment_tokens, LR_MIN_SEGMENT_TOKENS, LR_MAX_SEGMENT_TOKENS);
     if (o->max_tokens < 1 || o->max_tokens > INT64_C(1) << 36)
-        return lr_fail(err, LR_INVALID, "a document of %lld tokens: it must have 1 to 2^36",
-                       (long long)o->max_tokens);
+        return lr_fail(err, LR_INVALID, "a document of %lld tokens: it must have 1 to 2^36", (long long)o->max_tokens);
     if (o->max_forks < 0 || o->max_fork_tokens < 0)
         return lr_fail(err, LR_INVALID, "%lld forks of %lld tokens", (long long)o->max_forks,
                        (long long)o->max_fork_tokens);
@@ -41,13 +39,12 @@ static double gib(size_t bytes)
     return (double)bytes / (double)(1u << 30);
 }
 
-enum lr_status lr_session_check_memory(const struct lr_engine *engine,
-                                       const struct lr_session_options *options,
-                                       struct lr_error *err)
+enum lr_status
+lr_session_check_memory(const struct lr_engine *engine, const struct lr_session_options *options, struct lr_error *err)
 {
     struct lr_memory_plan plan;
-    lr_session_plan(&engine->model.dims, engine->ops, 0, engine->comm->size,
-                    engine->experts_replicated, options, &plan);
+    lr_session_plan(&engine->model.dims, engine->ops, 0, engine->comm->size, engine->experts_replicated, options,
+                    &plan);
     size_t available = lr_plan_available_bytes(engine->workers_on_host);
     enum lr_status status = LR_OK;
     if (plan.total_bytes > available)
@@ -55,9 +52,8 @@ enum lr_status lr_session_check_memory(const struct lr_engine *engine,
                          "%lld tokens on %d workers need %.2f GiB a worker (KV %.2f, states %.2f, "
                          "forks %.2f, workspace %.2f) and %.2f GiB are free; use more workers, "
                          "--kv-dtype bf16, fewer questions at once or a shorter document",
-                         (long long)options->max_tokens, engine->comm->size, gib(plan.total_bytes),
-                         gib(plan.kv_bytes), gib(plan.state_bytes), gib(plan.fork_bytes),
-                         gib(plan.workspace_bytes), gib(available));
+                         (long long)options->max_tokens, engine->comm->size, gib(plan.total_bytes), gib(plan.kv_bytes),
+                         gib(plan.state_bytes), gib(plan.fork_bytes), gib(plan.workspace_bytes), gib(available));
     return lr_agree(engine->comm, status, err);
 }
 
@@ -71,10 +67,9 @@ static enum lr_status reserve(struct lr_session *session, struct lr_error *err)
                     lr_plan_fork_bytes(dims, o, session->block_bytes) + 4096;
     LR_TRY(lr_arena_reserve(&session->kv_memory, kv, err));
     LR_TRY(lr_arena_reserve(&session->memory, memory, err));
-    return lr_arena_reserve(&session->workspace,
-                            lr_plan_workspace_bytes(dims, engine->ops, engine->comm->size,
-                                                    engine->experts_replicated, o),
-                            err);
+    return lr_arena_reserve(
+        &session->workspace,
+        lr_plan_workspace_bytes(dims, engine->ops, engine->comm->size, engine->experts_replicated, o), err);
 }
 
 static void carve_forks(struct lr_session *session)
@@ -84,8 +79,7 @@ static void carve_forks(struct lr_session *session)
     struct lr_arena *arena = &session->memory;
     size_t layers = (size_t)dims->n_delta_layers;
     size_t blocks = (size_t)(dims->n_attention_layers * session->fork_blocks);
-    session->forks =
-        lr_arena_alloc(arena, (size_t)session->options.max_forks, sizeof(struct lr_fork));
+    session->forks = lr_arena_alloc(arena, (size_t)session->options.max_forks, sizeof(struct lr_fork));
     for (int64_t i = 0; session->forks && i < session->options.max_forks; i++) {
         struct lr_fork *fork = &session->forks[i];
         fork->session = session;
@@ -105,20 +99,15 @@ static void carve(struct lr_session *session)
     struct lr_arena *arena = &session->memory;
     size_t layers = (size_t)dims->n_delta_layers;
     size_t summary = (size_t)(dims->n_attention_layers * dims->n_kv_heads * dims->head_dim);
-    session->held =
-        lr_arena_alloc(arena, (size_t)(o->segment_tokens * engine->comm->size), sizeof(int32_t));
+    session->held = lr_arena_alloc(arena, (size_t)(o->segment_tokens * engine->comm->size), sizeof(int32_t));
     session->states = lr_arena_alloc(arena, layers * lr_state_floats(dims), sizeof(float));
     session->tails = lr_arena_alloc(arena, layers * lr_tail_floats(dims), sizeof(float));
-    session->edge_blocks =
-        lr_arena_alloc(arena, (size_t)dims->n_attention_layers, session->block_bytes);
+    session->edge_blocks = lr_arena_alloc(arena, (size_t)dims->n_attention_layers, session->block_bytes);
     if (o->top_k_blocks > 0)
-        session->block_means =
-            lr_arena_alloc(arena, summary * (size_t)ceil_div(o->max_tokens, BLOCK), sizeof(float));
+        session->block_means = lr_arena_alloc(arena, summary * (size_t)ceil_div(o->max_tokens, BLOCK), sizeof(float));
     if (o->decode_pages > 0) {
-        session->page_min =
-            lr_arena_alloc(arena, summary * (size_t)session->local_blocks, sizeof(float));
-        session->page_max =
-            lr_arena_alloc(arena, summary * (size_t)session->local_blocks, sizeof(float));
+        session->page_min = lr_arena_alloc(arena, summary * (size_t)session->local_blocks, sizeof(float));
+        session->page_max = lr_arena_alloc(arena, summary * (size_t)session->local_blocks, sizeof(float));
     }
     carve_forks(session);
 }
@@ -190,30 +179,24 @@ static enum lr_status run_wave(struct lr_session *session, struct lr_error *err)
         struct lr_wave_report report = {.tokens_done = session->n_tokens,
                                         .tokens_total = session->options.max_tokens,
                                         .waves_done = wave.index + 1,
-                                        .waves_total =
-                                            ceil_div(session->options.max_tokens, per_wave)};
+                                        .waves_total = ceil_div(session->options.max_tokens, per_wave)};
         session->hooks.on_wave(session->hooks.wave_context, &report);
     }
     return LR_OK;
 }
 
-enum lr_status lr_session_append(struct lr_session *session,
-                                 const int32_t *ids,
-                                 int64_t n_ids,
-                                 struct lr_error *err)
+enum lr_status lr_session_append(struct lr_session *session, const int32_t *ids, int64_t n_ids, struct lr_error *err)
 {
     if (session->sealed)
         return lr_fail(err, LR_INVALID, "the document is sealed");
     int64_t before = session->n_tokens + session->n_held;
     if (n_ids > session->options.max_tokens - before)
-        return lr_fail(err, LR_INVALID,
-                       "a document of more than the %lld tokens that were planned for",
+        return lr_fail(err, LR_INVALID, "a document of more than the %lld tokens that were planned for",
                        (long long)session->options.max_tokens);
     int64_t vocab = session->engine->model.dims.vocab;
     for (int64_t i = 0; i < n_ids; i++)
         if (ids[i] < 0 || ids[i] >= vocab)
-            return lr_fail(err, LR_INVALID,
-                           "token id %d at position %lld is outside the vocabulary of %lld", ids[i],
+            return lr_fail(err, LR_INVALID, "token id %d at position %lld is outside the vocabulary of %lld", ids[i],
                            (long long)(before + i), (long long)vocab);
     while (n_ids > 0) {
         int64_t take = lr_min_i64(n_ids, wave_tokens(session) - session->n_held);
@@ -255,8 +238,7 @@ enum lr_status lr_session_seal(struct lr_session *session, struct lr_error *err)
     const struct lr_model_dims *dims = &session->engine->model.dims;
     size_t states = (size_t)dims->n_delta_layers * lr_state_floats(dims) * sizeof(float);
     if (states > 0)
-        LR_TRY(lr_comm_broadcast(session->engine->comm, "document states", 0, session->states,
-                                 states, err));
+        LR_TRY(lr_comm_broadcast(session->engine->comm, "document states", 0, session->states, states, err));
     LR_TRY(share_edge(session, err));
     session->sealed = 1;
     return LR_OK;

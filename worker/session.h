@@ -52,9 +52,8 @@ void lr_session_plan(const struct lr_model_dims *dims,
 
 /* LR_NO_MEMORY with the numbers where a session of these options would not fit on one of the workers.
  * Collective. */
-LR_MUST_USE enum lr_status lr_session_check_memory(const struct lr_engine *engine,
-                                                   const struct lr_session_options *options,
-                                                   struct lr_error *err);
+LR_MUST_USE enum lr_status
+lr_session_check_memory(const struct lr_engine *engine, const struct lr_session_options *options, struct lr_error *err);
 
 struct lr_session;
 struct lr_fork;
@@ -68,16 +67,14 @@ struct lr_wave_report {
 
 /* Called on worker 0 with the logits [vocab] of a document or fork position, ascending positions.
  */
-typedef enum lr_status
-lr_logits_sink(void *context, int64_t position, const float *logits, struct lr_error *err);
+typedef enum lr_status lr_logits_sink(void *context, int64_t position, const float *logits, struct lr_error *err);
 
 struct lr_session_hooks {
     void (*on_wave)(void *context, const struct lr_wave_report *report);
     void *wave_context;
     lr_logits_sink *on_logits; /* NULL: no logits of the document are computed */
     void *logits_context;
-    const int64_t
-        *positions; /* [n_positions] ascending, whose logits are wanted; NULL: all of them */
+    const int64_t *positions; /* [n_positions] ascending, whose logits are wanted; NULL: all of them */
     int64_t n_positions;
 };
 
@@ -90,22 +87,18 @@ LR_MUST_USE enum lr_status lr_session_open(struct lr_engine *engine,
 void lr_session_close(struct lr_session *session);
 
 /* Adds document tokens. Ids must be in the vocabulary. */
-LR_MUST_USE enum lr_status lr_session_append(struct lr_session *session,
-                                             const int32_t *ids,
-                                             int64_t n_ids,
-                                             struct lr_error *err);
+LR_MUST_USE enum lr_status
+lr_session_append(struct lr_session *session, const int32_t *ids, int64_t n_ids, struct lr_error *err);
 /* Ends the document: processes what was held back. */
 LR_MUST_USE enum lr_status lr_session_seal(struct lr_session *session, struct lr_error *err);
 int64_t lr_session_tokens(const struct lr_session *session);
 
 /* Share of the causal (query, key) pairs that the document's attention layers have looked at; 1 for
  * full. Collective. */
-LR_MUST_USE enum lr_status
-lr_session_density(struct lr_session *session, double *density, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_session_density(struct lr_session *session, double *density, struct lr_error *err);
 
 /* A fork that stands at the end of the sealed document. LR_FULL when max_forks are alive. */
-LR_MUST_USE enum lr_status
-lr_session_fork(struct lr_session *session, struct lr_fork **out, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_session_fork(struct lr_session *session, struct lr_fork **out, struct lr_error *err);
 /* Puts a fork back to the end of the document. */
 void lr_fork_rewind(struct lr_fork *fork);
 void lr_fork_release(struct lr_fork *fork);

@@ -88,13 +88,13 @@ struct lr_session {
     struct lr_arena kv_memory; /* KV blocks of the document */
     struct lr_arena workspace; /* one step */
 
-    float *states; /* [n_delta_layers] states: before sealing valid on worker 0, then everywhere */
-    float *tails;  /* [n_delta_layers] convolution tails, everywhere */
-    int64_t local_blocks; /* per attention layer, on this worker */
-    char *edge_blocks;    /* [n_attention_layers] copies of the document's last, unfinished block;
-                             after sealing */
-    float *block_means;   /* [n_attention_layers][n_blocks, n_kv_heads, head_dim]; NULL without
-                             top_k_blocks */
+    float *states;              /* [n_delta_layers] states: before sealing valid on worker 0, then everywhere */
+    float *tails;               /* [n_delta_layers] convolution tails, everywhere */
+    int64_t local_blocks;       /* per attention layer, on this worker */
+    char *edge_blocks;          /* [n_attention_layers] copies of the document's last, unfinished block;
+                                   after sealing */
+    float *block_means;         /* [n_attention_layers][n_blocks, n_kv_heads, head_dim]; NULL without
+                                   top_k_blocks */
     float *page_min, *page_max; /* [n_attention_layers][local_blocks, n_kv_heads, head_dim]; NULL
                                    without decode_pages */
 
@@ -125,8 +125,7 @@ static inline char *lr_session_block(const struct lr_session *session, int64_t l
     int64_t per_segment = session->options.segment_tokens / LR_KV_BLOCK_TOKENS;
     int64_t segment = block / per_segment;
     int64_t local = segment / session->engine->comm->size * per_segment + block % per_segment;
-    return session->kv_memory.base +
-           (size_t)(layer * session->local_blocks + local) * session->block_bytes;
+    return session->kv_memory.base + (size_t)(layer * session->local_blocks + local) * session->block_bytes;
 }
 
 /* Worker that owns a block of the document. */
@@ -147,7 +146,7 @@ static inline int64_t lr_max_i64(int64_t a, int64_t b)
 }
 
 /* An array of the step's workspace; the plan guarantees that it is there. */
-#define LR_STEP_ARRAY(session, type, count)                                                        \
+#define LR_STEP_ARRAY(session, type, count)                                                                            \
     ((type *)lr_arena_alloc(&(session)->workspace, (size_t)(count), sizeof(type)))
 
 /* ---- layers
@@ -170,52 +169,39 @@ struct lr_layer_ops {
                            int n_workers,
                            const struct lr_session_options *options,
                            int64_t n_rows);
-    enum lr_status (*prefill)(struct lr_step *step,
-                              const struct lr_layer *layer,
-                              struct lr_error *err);
-    enum lr_status (*extend)(struct lr_step *step,
-                             const struct lr_layer *layer,
-                             struct lr_error *err);
+    enum lr_status (*prefill)(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
+    enum lr_status (*extend)(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
 };
 
 extern const struct lr_layer_ops lr_gated_delta_layer, lr_attention_layer;
 const struct lr_layer_ops *lr_layer_ops_of(enum lr_mixer mixer);
 
 /* The feed-forward half of a block: dense or mixture of experts. */
-size_t
-lr_ffn_bytes(const struct lr_model_dims *dims, int n_workers, int replicated, int64_t n_rows);
-LR_MUST_USE enum lr_status
-lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
-LR_MUST_USE enum lr_status
-lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
+size_t lr_ffn_bytes(const struct lr_model_dims *dims, int n_workers, int replicated, int64_t n_rows);
+LR_MUST_USE enum lr_status lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
 
 /* Partials of one fork step's attention: the document's segments on the fullest worker, and one
  * tail. */
 int64_t lr_fork_partials(const struct lr_session_options *options, int n_workers);
 /* Rows that one fork step may have, so that its partials stay within bounds. */
-int64_t lr_fork_step_rows(const struct lr_model_dims *dims,
-                          const struct lr_session_options *options,
-                          int n_workers);
+int64_t lr_fork_step_rows(const struct lr_model_dims *dims, const struct lr_session_options *options, int n_workers);
 
 /* ---- steps
  * --------------------------------------------------------------------------------------------------------
  */
 
 /* Processes the wave whose tokens are ids [wave tokens] (all workers have all of them). */
-LR_MUST_USE enum lr_status lr_prefill_wave(struct lr_session *session,
-                                           const struct lr_wave *wave,
-                                           const int32_t *ids,
-                                           struct lr_error *err);
+LR_MUST_USE enum lr_status
+lr_prefill_wave(struct lr_session *session, const struct lr_wave *wave, const int32_t *ids, struct lr_error *err);
 
 /* Runs step->x through all layers. */
 LR_MUST_USE enum lr_status lr_step_layers(struct lr_step *step, struct lr_error *err);
 
 /* positions, rotary tables, x = embed(ids), h. From the workspace. */
-LR_MUST_USE enum lr_status
-lr_step_begin(struct lr_step *step, const int32_t *ids, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_step_begin(struct lr_step *step, const int32_t *ids, struct lr_error *err);
 
 /* logits [n_rows, vocab] = head(norm(x)). `normed` is scratch [n_rows, d]. Local. */
-void lr_step_logits(
-    struct lr_engine *engine, const float *x, int64_t n_rows, float *normed, float *logits);
+void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, float *normed, float *logits);
 
 #endif

@@ -11,8 +11,8 @@
  * A row's arithmetic does not depend on which rows share its tile: a block in which it sees nothing multiplies its sums
  * by one. */
 #include "base/pool.h"
-#include "kernels/cpu/math.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/math.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/tile.h"
 
@@ -88,7 +88,8 @@ struct attention_tile {
     int64_t rows, dv16;
 };
 
-static void load_tile(const struct lr_attention_args *a, int64_t kv_head, int64_t first, int64_t tokens, struct attention_tile *t)
+static void
+load_tile(const struct lr_attention_args *a, int64_t kv_head, int64_t first, int64_t tokens, struct attention_tile *t)
 {
     int64_t group = a->shape.n_heads / a->shape.n_kv_heads, d = a->shape.head_dim;
     for (int64_t i = 0; i < tokens; i++)
@@ -104,7 +105,8 @@ static void load_tile(const struct lr_attention_args *a, int64_t kv_head, int64_
         }
 }
 
-static void store_tile(const struct lr_attention_args *a, int64_t kv_head, int64_t first, int64_t tokens, const struct attention_tile *t)
+static void store_tile(
+    const struct lr_attention_args *a, int64_t kv_head, int64_t first, int64_t tokens, const struct attention_tile *t)
 {
     int64_t group = a->shape.n_heads / a->shape.n_kv_heads, d = a->shape.head_dim;
     for (int64_t i = 0; i < tokens; i++)
@@ -176,7 +178,8 @@ LR_INLINE void row_softmax(struct attention_tile *t, int64_t row, struct visible
             v_store(t->o + row * t->dv16 + i, v_mul(v_load(t->o + row * t->dv16 + i), v_set1(alpha)));
 }
 
-static void fold_block(const struct lr_attention_args *a, int64_t kv_head, const struct lr_kv_ref *ref, struct attention_tile *t)
+static void
+fold_block(const struct lr_attention_args *a, int64_t kv_head, const struct lr_kv_ref *ref, struct attention_tile *t)
 {
     int64_t d = a->shape.head_dim, bytes = (int64_t)lr_dtype_bytes(a->shape.dtype);
     const char *k = (const char *)ref->data + kv_head * head_elements(a->shape) * bytes;
@@ -188,13 +191,30 @@ static void fold_block(const struct lr_attention_args *a, int64_t kv_head, const
     }
     if (!any)
         return;
-    struct lr_tile scores = {.a = t->q, .a_row = d, .a_k = 1, .b = k, .b_panel = d * 16, .b_k = 16,
-                             .c = t->scores, .c_row = BLOCK, .c_panel = 16, .k = d};
+    struct lr_tile scores = {.a = t->q,
+                             .a_row = d,
+                             .a_k = 1,
+                             .b = k,
+                             .b_panel = d * 16,
+                             .b_k = 16,
+                             .c = t->scores,
+                             .c_row = BLOCK,
+                             .c_panel = 16,
+                             .k = d};
     LR_ISA(lr_tile_product)(&scores, t->rows, (ref->n_keys + 15) / 16, a->shape.dtype);
     for (int64_t row = 0; row < t->rows; row++)
         row_softmax(t, row, seen[row], a->scale, ref->n_keys);
-    struct lr_tile out = {.a = t->scores, .a_row = BLOCK, .a_k = 1, .b = k + BLOCK * d * bytes, .b_panel = 16,
-                          .b_k = t->dv16, .c = t->o, .c_row = t->dv16, .c_panel = 16, .k = ref->n_keys, .load_c = 1};
+    struct lr_tile out = {.a = t->scores,
+                          .a_row = BLOCK,
+                          .a_k = 1,
+                          .b = k + BLOCK * d * bytes,
+                          .b_panel = 16,
+                          .b_k = t->dv16,
+                          .c = t->o,
+                          .c_row = t->dv16,
+                          .c_panel = 16,
+                          .k = ref->n_keys,
+                          .load_c = 1};
     LR_ISA(lr_tile_product)(&out, t->rows, t->dv16 / 16, a->shape.dtype);
 }
 

@@ -11,8 +11,8 @@
  *   2. summary:  the recurrence run on [I | 0] with the inputs [0 | V]: M and B, divided over columns
  *   3. output:   the recurrence run on the state that enters, divided over columns of dv */
 #include "base/pool.h"
-#include "kernels/cpu/math.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/math.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/tile.h"
 
@@ -65,8 +65,17 @@ static void solve(const float *a, struct chunk_work w, int64_t rows)
 {
     for (int64_t first = 0; first < rows; first += 16) {
         int64_t n = rows - first < 16 ? rows - first : 16;
-        struct lr_tile t = {.a = a + first * CHUNK, .a_row = CHUNK, .a_k = 1, .b = w.wu, .b_panel = 16, .b_k = w.width,
-                            .c = w.wu + first * w.width, .c_row = w.width, .c_panel = 16, .k = first, .load_c = 1};
+        struct lr_tile t = {.a = a + first * CHUNK,
+                            .a_row = CHUNK,
+                            .a_k = 1,
+                            .b = w.wu,
+                            .b_panel = 16,
+                            .b_k = w.width,
+                            .c = w.wu + first * w.width,
+                            .c_row = w.width,
+                            .c_panel = 16,
+                            .k = first,
+                            .load_c = 1};
         if (first > 0)
             LR_ISA(lr_tile_product)(&t, n, w.width / 16, LR_F32);
         for (int64_t column = 0; column < w.width; column += 16)
@@ -82,11 +91,8 @@ static void solve(const float *a, struct chunk_work w, int64_t rows)
 }
 
 /* One head of a chunk, given q.k and k.k. */
-static void chunk_head(const struct lr_delta_segment_args *a,
-                       int64_t chunk,
-                       int64_t head,
-                       const float *qk,
-                       const float *kk)
+static void
+chunk_head(const struct lr_delta_segment_args *a, int64_t chunk, int64_t head, const float *qk, const float *kk)
 {
     struct lr_delta_shape s = a->shape;
     struct chunk_work w = find_chunk(a, head, chunk);
@@ -125,8 +131,9 @@ static void chunk_head(const struct lr_delta_segment_args *a,
             v_store(x + j, v_mul(scale_k, s.dk - j >= 16 ? v_load(k + i * a->qkv_stride + j)
                                                          : v_load_part(k + i * a->qkv_stride + j, s.dk - j, 0.0f)));
         for (int64_t j = 0; j < s.dv; j += 16)
-            v_store(x + dk16 + j, v_mul(scale_v, s.dv - j >= 16 ? v_load(v + i * a->qkv_stride + j)
-                                                                : v_load_part(v + i * a->qkv_stride + j, s.dv - j, 0.0f)));
+            v_store(x + dk16 + j,
+                    v_mul(scale_v, s.dv - j >= 16 ? v_load(v + i * a->qkv_stride + j)
+                                                  : v_load_part(v + i * a->qkv_stride + j, s.dv - j, 0.0f)));
     }
     solve(minus_a, w, rows);
 }
@@ -147,8 +154,16 @@ static void chunk_task(void *context, int64_t task, int thread)
         for (int64_t d = 0; d < s.dk; d++)
             for (int64_t i = 0; i < 16; i++)
                 keys[d * 16 + i] = j + i < rows ? k[(j + i) * a->qkv_stride + d] : 0.0f;
-        struct lr_tile t = {.a = q, .a_row = a->qkv_stride, .a_k = 1, .b = keys, .b_panel = 0, .b_k = 16,
-                            .c = qk + j, .c_row = CHUNK, .c_panel = 16, .k = s.dk};
+        struct lr_tile t = {.a = q,
+                            .a_row = a->qkv_stride,
+                            .a_k = 1,
+                            .b = keys,
+                            .b_panel = 0,
+                            .b_k = 16,
+                            .c = qk + j,
+                            .c_row = CHUNK,
+                            .c_panel = 16,
+                            .k = s.dk};
         LR_ISA(lr_tile_product)(&t, rows, 1, LR_F32);
         t.a = k;
         t.c = kk + j;
@@ -160,8 +175,8 @@ static void chunk_task(void *context, int64_t task, int thread)
 
 /* A group of state columns on its way through the segment. */
 struct columns {
-    float state[STATE_FLOATS];                /* [dk][width] */
-    float v_new[CHUNK * 16 * GROUP_PANELS];   /* [64][width] V' */
+    float state[STATE_FLOATS];              /* [dk][width] */
+    float v_new[CHUNK * 16 * GROUP_PANELS]; /* [64][width] V' */
     int64_t panels, width;
 };
 
@@ -181,18 +196,23 @@ static void new_values(struct columns *c, struct chunk_work w, int64_t dk, int64
         else
             memset(x, 0, (size_t)c->width * sizeof *x);
     }
-    struct lr_tile t = {.a = w.wu, .a_row = w.width, .a_k = 1, .b = c->state, .b_panel = 16, .b_k = c->width,
-                        .c = c->v_new, .c_row = c->width, .c_panel = 16, .k = dk, .load_c = 1};
+    struct lr_tile t = {.a = w.wu,
+                        .a_row = w.width,
+                        .a_k = 1,
+                        .b = c->state,
+                        .b_panel = 16,
+                        .b_k = c->width,
+                        .c = c->v_new,
+                        .c_row = c->width,
+                        .c_panel = 16,
+                        .k = dk,
+                        .load_c = 1};
     LR_ISA(lr_tile_product)(&t, rows, c->panels, LR_F32);
 }
 
 /* S <- exp(G_last) S + K^T (decay V'); leaves V' scaled */
-static void advance_state(struct columns *c,
-                          struct chunk_work w,
-                          const float *k,
-                          int64_t k_stride,
-                          int64_t dk,
-                          int64_t rows)
+static void
+advance_state(struct columns *c, struct chunk_work w, const float *k, int64_t k_stride, int64_t dk, int64_t rows)
 {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < c->width; j += 16) {
@@ -202,8 +222,17 @@ static void advance_state(struct columns *c,
     lr_v16 decay = v_set1(w.gamma[rows - 1]);
     for (int64_t i = 0; i < dk * c->width; i += 16)
         v_store(c->state + i, v_mul(v_load(c->state + i), decay));
-    struct lr_tile t = {.a = k, .a_row = 1, .a_k = k_stride, .b = c->v_new, .b_panel = 16, .b_k = c->width,
-                        .c = c->state, .c_row = c->width, .c_panel = 16, .k = rows, .load_c = 1};
+    struct lr_tile t = {.a = k,
+                        .a_row = 1,
+                        .a_k = k_stride,
+                        .b = c->v_new,
+                        .b_panel = 16,
+                        .b_k = c->width,
+                        .c = c->state,
+                        .c_row = c->width,
+                        .c_panel = 16,
+                        .k = rows,
+                        .load_c = 1};
     LR_ISA(lr_tile_product)(&t, dk, c->panels, LR_F32);
 }
 
@@ -256,10 +285,7 @@ static void summary_task(void *context, int64_t task, int thread)
     copy_columns(to + column, n_columns, c.state, c.width, s.dk, n);
 }
 
-void LR_ISA(lr_delta_summary)(const struct lr_exec *exec,
-                              const struct lr_delta_segment_args *args,
-                              float *m,
-                              float *b)
+void LR_ISA(lr_delta_summary)(const struct lr_exec *exec, const struct lr_delta_segment_args *args, float *m, float *b)
 {
     struct lr_delta_shape s = args->shape;
     int64_t n_chunks = (args->n_rows + CHUNK - 1) / CHUNK, per_group = group_panels(s.dk) * 16;
@@ -271,25 +297,36 @@ void LR_ISA(lr_delta_summary)(const struct lr_exec *exec,
 }
 
 /* O = exp(G) Q S + P V' of a chunk, into o [64][width] */
-static void chunk_output(const struct columns *c,
-                         struct chunk_work w,
-                         const float *q,
-                         int64_t q_stride,
-                         int64_t dk,
-                         int64_t rows,
-                         float *o)
+static void chunk_output(
+    const struct columns *c, struct chunk_work w, const float *q, int64_t q_stride, int64_t dk, int64_t rows, float *o)
 {
-    struct lr_tile t = {.a = q, .a_row = q_stride, .a_k = 1, .b = c->state, .b_panel = 16, .b_k = c->width,
-                        .c = o, .c_row = c->width, .c_panel = 16, .k = dk};
+    struct lr_tile t = {.a = q,
+                        .a_row = q_stride,
+                        .a_k = 1,
+                        .b = c->state,
+                        .b_panel = 16,
+                        .b_k = c->width,
+                        .c = o,
+                        .c_row = c->width,
+                        .c_panel = 16,
+                        .k = dk};
     LR_ISA(lr_tile_product)(&t, rows, c->panels, LR_F32);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < c->width; j += 16)
             v_store(o + i * c->width + j, v_mul(v_load(o + i * c->width + j), v_set1(w.gamma[i])));
     for (int64_t first = 0; first < rows; first += 16) {
         int64_t n = rows - first < 16 ? rows - first : 16;
-        struct lr_tile p = {.a = w.p + first * CHUNK, .a_row = CHUNK, .a_k = 1, .b = c->v_new, .b_panel = 16,
-                            .b_k = c->width, .c = o + first * c->width, .c_row = c->width, .c_panel = 16,
-                            .k = first + n, .load_c = 1};
+        struct lr_tile p = {.a = w.p + first * CHUNK,
+                            .a_row = CHUNK,
+                            .a_k = 1,
+                            .b = c->v_new,
+                            .b_panel = 16,
+                            .b_k = c->width,
+                            .c = o + first * c->width,
+                            .c_row = c->width,
+                            .c_panel = 16,
+                            .k = first + n,
+                            .load_c = 1};
         LR_ISA(lr_tile_product)(&p, n, c->panels, LR_F32);
     }
 }

@@ -1,6 +1,6 @@
 /* Norms, rotary, short convolution, gates: one pass over rows each. */
-#include "kernels/cpu/math.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/math.h"
 #include "kernels/cpu/rows.h"
 
 #include <math.h>

@@ -40,7 +40,8 @@ static void store_rows(float *y, int64_t y_stride, const float *x, int64_t x_str
         memcpy(y + i * y_stride, x + i * x_stride, (size_t)width * sizeof *y);
 }
 
-static void hidden_part(const struct lr_experts_args *e, int64_t x, int64_t row, int64_t rows, int64_t panel, int64_t end)
+static void
+hidden_part(const struct lr_experts_args *e, int64_t x, int64_t row, int64_t rows, int64_t panel, int64_t end)
 {
     enum { STRIP = LR_GEMM_STRIP * 16 };
     float gate[LR_GEMM_ROWS * STRIP], up[LR_GEMM_ROWS * STRIP];

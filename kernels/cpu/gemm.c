@@ -3,8 +3,8 @@
  * Rows of x are broadcast straight from where they lie: packing them would cost more than it saves at the widths of a
  * layer. A task owns up to 96 rows and a group of panels and walks it in strips of 64 columns, so that a strip's result
  * is still in L1 when bias, activation and residual come to it. */
-#include "kernels/cpu/cpu.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/cpu.h"
 
 #include "base/pool.h"
 #include "kernels/cpu/math.h"

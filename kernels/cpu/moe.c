@@ -1,6 +1,6 @@
 /* Router, row gathering and the weighted sum that brings expert outputs home. */
-#include "kernels/cpu/math.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/math.h"
 #include "kernels/cpu/rows.h"
 
 /* p = softmax(logits), in lanes; E <= LR_MAX_EXPERTS */

@@ -5,9 +5,8 @@
 #define TEXT_2(x) #x
 #define TEXT(x) TEXT_2(x)
 
-const struct lr_kernel_ops LR_ISA(lr_cpu_ops) = {
-    .name = "cpu-" TEXT(LR_ISA_SUFFIX),
+const struct lr_kernel_ops LR_ISA(lr_cpu_ops) = {.name = "cpu-" TEXT(LR_ISA_SUFFIX),
 #define X(slot) .slot = LR_ISA(lr_##slot),
-    LR_CPU_SLOTS(X)
+                                                 LR_CPU_SLOTS(X)
 #undef X
 };

@@ -7,8 +7,14 @@
 /* sin and cos of x in [-pi/4, pi/4]: Taylor series to x^17 and x^16, error below 1e-16 */
 static double sin_small(double x)
 {
-    static const double c[] = {-1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880, -1.0 / 39916800, 1.0 / 6227020800.0,
-                               -1.0 / 1307674368000.0, 1.0 / 355687428096000.0};
+    static const double c[] = {-1.0 / 6,
+                               1.0 / 120,
+                               -1.0 / 5040,
+                               1.0 / 362880,
+                               -1.0 / 39916800,
+                               1.0 / 6227020800.0,
+                               -1.0 / 1307674368000.0,
+                               1.0 / 355687428096000.0};
     double z = x * x, p = c[7];
     for (int i = 6; i >= 0; i--)
         p = p * z + c[i];
@@ -17,8 +23,8 @@ static double sin_small(double x)
 
 static double cos_small(double x)
 {
-    static const double c[] = {-0.5, 1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800, 1.0 / 479001600.0,
-                               -1.0 / 87178291200.0, 1.0 / 20922789888000.0};
+    static const double c[] = {-0.5,           1.0 / 24,          -1.0 / 720,           1.0 / 40320,
+                               -1.0 / 3628800, 1.0 / 479001600.0, -1.0 / 87178291200.0, 1.0 / 20922789888000.0};
     double z = x * x, p = c[7];
     for (int i = 6; i >= 0; i--)
         p = p * z + c[i];

@@ -1,6 +1,6 @@
 /* Which KV blocks are worth reading: block summaries, top-k by mean keys, Quest's upper bounds. */
-#include "kernels/cpu/math.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/math.h"
 #include "kernels/cpu/rows.h"
 
 #include <stdlib.h>

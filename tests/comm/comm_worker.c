@@ -26,9 +26,8 @@ enum { GUARD_BYTES = 64, GUARD = 0xA5, ANYONE = LR_COMM_MAX_WORKERS, LATE_SECOND
 
 static const char long_label[] = "a label that is longer than the forty-eight bytes which a header has room for";
 
-static const size_t edge_sizes[] = {0,     1,     7,     63,    64,    65,    439,         440,        441,
-                                    512,   16383, 16384, 16385, 65535, 65536, 65537,       200000,     (1 << 20) + 3,
-                                    3 << 20};
+static const size_t edge_sizes[] = {0,     1,     7,     63,    64,    65,    439,    440,           441,    512,
+                                    16383, 16384, 16385, 65535, 65536, 65537, 200000, (1 << 20) + 3, 3 << 20};
 enum { N_EDGES = sizeof edge_sizes / sizeof edge_sizes[0] };
 
 static struct lr_comm comm;
@@ -217,10 +216,10 @@ static void prepare_all_to_all(struct started *one, int idle_worker, int edges)
 static enum lr_status start(struct started *one, struct lr_error *err)
 {
     if (one->is_gather)
-        return lr_comm_all_gather_v_start(&comm, label_of("started gather"), one->data, one->recv_sizes,
-                                          one->received, &one->request, err);
-    return lr_comm_all_to_all_v_start(&comm, label_of("started all-to-all"), one->data, one->send_sizes,
-                                      one->received, one->recv_sizes, &one->request, err);
+        return lr_comm_all_gather_v_start(&comm, label_of("started gather"), one->data, one->recv_sizes, one->received,
+                                          &one->request, err);
+    return lr_comm_all_to_all_v_start(&comm, label_of("started all-to-all"), one->data, one->send_sizes, one->received,
+                                      one->recv_sizes, &one->request, err);
 }
 
 static void check_received(struct started *one)

@@ -40,7 +40,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         total += lr_safetensors_at(file, i)->size_bytes;
     }
     require(8 + header + total == size, "the tensors do not fill the data");
-    require(lr_safetensors_find(file, "no such tensor") == NULL || lr_safetensors_count(file) > 0, "a tensor of nothing");
+    require(lr_safetensors_find(file, "no such tensor") == NULL || lr_safetensors_count(file) > 0,
+            "a tensor of nothing");
     lr_safetensors_close(file);
     return 0;
 }

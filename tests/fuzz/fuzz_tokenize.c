@@ -1,5 +1,5 @@
-/* Any bytes as a text, through tokenizers of four kinds. The first byte chooses: bit 0 parses special tokens, bits 1 and
- * 2 the tokenizer. */
+/* Any bytes as a text, through tokenizers of four kinds. The first byte chooses: bit 0 parses special tokens, bits 1
+ * and 2 the tokenizer. */
 #include "base/utf8.h"
 #include "tests/fuzz/fuzz.h"
 #include "worker/weights/tokenizer.h"

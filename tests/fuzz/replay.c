@@ -68,8 +68,20 @@ static size_t cut_out(uint64_t *state, uint8_t *data, size_t size)
 
 static size_t change(uint64_t *state, const struct corpus *corpus, uint8_t *data, size_t size, size_t room)
 {
-    static const char *const words[] = {"-1", "0", "1e999", "18446744073709551615", "9223372036854775807", "null", "[]",
-                                        "{}", "\"\"", "\\u0000", "\xed\xa0\x80", "\xff", "true", "\x00\x00\x00\x00"};
+    static const char *const words[] = {"-1",
+                                        "0",
+                                        "1e999",
+                                        "18446744073709551615",
+                                        "9223372036854775807",
+                                        "null",
+                                        "[]",
+                                        "{}",
+                                        "\"\"",
+                                        "\\u0000",
+                                        "\xed\xa0\x80",
+                                        "\xff",
+                                        "true",
+                                        "\x00\x00\x00\x00"};
     uint8_t bytes[8];
     uint64_t random = next_random(state);
     const char *word = words[below(state, sizeof words / sizeof words[0])];

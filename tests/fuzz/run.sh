@@ -5,18 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 seconds=${1:-300}
 flags="-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-cmake -S . -B build/fuzz -G Ninja -DCMAKE_C_COMPILER=clang -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLR_FUZZ=ON \
+cmake -S . -B build/fuzz -G Ninja -DCMAKE_C_COMPILER=clang -DCMAKE_BUILD_TYPE=RelWithDebInfo \
     -DCMAKE_C_FLAGS="$flags" -DCMAKE_EXE_LINKER_FLAGS="-fsanitize=address,undefined" >/dev/null
 cmake --build build/fuzz --target fuzz_safetensors fuzz_config fuzz_tokenizer fuzz_tokenize
 seeds=build/fuzz/seeds
-rm -rf "$seeds"
-mkdir -p "$seeds"/{safetensors,config,tokenizer,tokenize}
-for model in tests/oracle/models/*; do
-    cp "$model/config.json" "$seeds/config/$(basename "$model")"
-    for file in "$model"/*.safetensors; do cp "$file" "$seeds/safetensors/$(basename "$model")-$(basename "$file")"; done
-done
-for tokenizer in tests/oracle/tokenizer/*/; do cp "$tokenizer/tokenizer.json" "$seeds/tokenizer/$(basename "$tokenizer")"; done
-cp tests/oracle/tokenizer/case_*.txt "$seeds/tokenize"
+tests/fuzz/seeds.sh "$seeds"
 for target in safetensors config tokenizer tokenize; do
     mkdir -p "build/fuzz/found/$target"
     echo "fuzz_$target for $seconds s"

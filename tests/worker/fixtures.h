@@ -13,10 +13,10 @@
 static struct lr_error test_error;
 static struct lr_error *const err = &test_error;
 
-#define assert_ok(expression)                                                                      \
-    do {                                                                                           \
-        if ((expression) != LR_OK)                                                                 \
-            fail_msg("%s: %s", #expression, err->message);                                         \
+#define assert_ok(expression)                                                                                          \
+    do {                                                                                                               \
+        if ((expression) != LR_OK)                                                                                     \
+            fail_msg("%s: %s", #expression, err->message);                                                             \
     } while (0)
 
 static inline char *read_fixture(const char *path, size_t *n_bytes)

@@ -21,11 +21,12 @@ static void write_file(const char *name, const void *data, size_t n)
     fclose(file);
 }
 
-static void expect_sentence(const char *what, enum lr_status got, const struct lr_error *got_error, enum lr_status wanted,
-                            const char *part)
+static void expect_sentence(
+    const char *what, enum lr_status got, const struct lr_error *got_error, enum lr_status wanted, const char *part)
 {
     if (got != wanted || !strstr(got_error->message, part))
-        fail_msg("%s: status %d instead of %d, '%s' instead of '...%s...'", what, (int)got, (int)wanted, got_error->message, part);
+        fail_msg("%s: status %d instead of %d, '%s' instead of '...%s...'", what, (int)got, (int)wanted,
+                 got_error->message, part);
 }
 
 /* A text with its first `from` replaced; the caller frees it. */
@@ -52,7 +53,8 @@ static size_t build(unsigned char *out, const char *header, uint64_t length, siz
 static void safetensors_rules(void **state)
 {
     (void)state;
-#define T(name, shape, first, last) "\"" name "\":{\"dtype\":\"F32\",\"shape\":" shape ",\"data_offsets\":[" first "," last "]}"
+#define T(name, shape, first, last)                                                                                    \
+    "\"" name "\":{\"dtype\":\"F32\",\"shape\":" shape ",\"data_offsets\":[" first "," last "]}"
     static const struct {
         const char *header;
         int64_t length; /* -1: the header's own */
@@ -80,9 +82,11 @@ static void safetensors_rules(void **state)
         {"{" T("a", "[-1]", "0", "4") "}", -1, 4, LR_CORRUPT, "dimension 0 of tensor 'a'"},
         {"{" T("a", "[1,1,1,1,1,1,1,1,1]", "0", "4") "}", -1, 4, LR_CORRUPT, "at most 8 dimensions"},
         {"{" T("a", "1", "0", "4") "}", -1, 4, LR_CORRUPT, "'a' needs a shape"},
-        {"{\"a\":{\"dtype\":\"F99\",\"shape\":[1],\"data_offsets\":[0,4]}}", -1, 4, LR_UNSUPPORTED, "unknown dtype 'F99'"},
+        {"{\"a\":{\"dtype\":\"F99\",\"shape\":[1],\"data_offsets\":[0,4]}}", -1, 4, LR_UNSUPPORTED,
+         "unknown dtype 'F99'"},
         {"{\"a\":{\"shape\":[1],\"data_offsets\":[0,4]}}", -1, 4, LR_CORRUPT, "'a' has no dtype"},
-        {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0]}}", -1, 4, LR_CORRUPT, "'a' needs two data_offsets"},
+        {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0]}}", -1, 4, LR_CORRUPT,
+         "'a' needs two data_offsets"},
         {"{\"a\":7}", -1, 0, LR_CORRUPT, "'a' has no dtype"},
     };
     unsigned char bytes[4096];
@@ -95,7 +99,8 @@ static void safetensors_rules(void **state)
                         cases[i].status, cases[i].sentence);
         assert_non_null(strstr(why.message, "w.safetensors"));
     }
-    expect_sentence("short", lr_safetensors_parse(bytes, 7, "w.safetensors", &file, &why), &why, LR_CORRUPT, "has 7 bytes");
+    expect_sentence("short", lr_safetensors_parse(bytes, 7, "w.safetensors", &file, &why), &why, LR_CORRUPT,
+                    "has 7 bytes");
     size_t n = build(bytes, "{\"__metadata__\":{\"format\":\"pt\"}," T("a", "[1]", "0", "4") "}", 0, 4);
     bytes[0] = (unsigned char)(n - 12);
     assert_ok(lr_safetensors_parse(bytes, n, "w.safetensors", &file, err));
@@ -114,7 +119,8 @@ static void index_rules(void **state)
         {"{\"weight_map\":{\"a\":\"../w.safetensors\"}}", "'a' names no file of that directory", LR_CORRUPT},
         {"{\"weight_map\":{\"a\":7}}", "'a' names no file", LR_CORRUPT},
         {"{\"weight_map\":{\"a\":\"gone.safetensors\"}}", "gone.safetensors", LR_NOT_FOUND},
-        {"{\"weight_map\":{\"b\":\"w.safetensors\"}}", "puts tensor 'b' into w.safetensors, which does not have it", LR_CORRUPT},
+        {"{\"weight_map\":{\"b\":\"w.safetensors\"}}", "puts tensor 'b' into w.safetensors, which does not have it",
+         LR_CORRUPT},
         {"{}", "has no weight_map", LR_CORRUPT},
         {"{", "not valid JSON", LR_CORRUPT},
     };
@@ -134,10 +140,12 @@ static void index_rules(void **state)
     struct lr_tensor tensor;
     write_file("model.safetensors.index.json", good, strlen(good));
     assert_ok(lr_checkpoint_open(directory, &checkpoint, err));
-    expect_sentence("dtype", lr_checkpoint_take(checkpoint, "a", 1, &one, &tensor, &why), &why, LR_UNSUPPORTED, "'a' is I64");
+    expect_sentence("dtype", lr_checkpoint_take(checkpoint, "a", 1, &one, &tensor, &why), &why, LR_UNSUPPORTED,
+                    "'a' is I64");
     expect_sentence("shape", lr_checkpoint_take(checkpoint, "a", 1, &two, &tensor, &why), &why, LR_CORRUPT,
                     "'a' has shape [1], config.json asks for [2]");
-    expect_sentence("name", lr_checkpoint_take(checkpoint, "z", 1, &one, &tensor, &why), &why, LR_NOT_FOUND, "no tensor 'z'");
+    expect_sentence("name", lr_checkpoint_take(checkpoint, "z", 1, &one, &tensor, &why), &why, LR_NOT_FOUND,
+                    "no tensor 'z'");
     lr_checkpoint_close(checkpoint);
     snprintf(path, sizeof path, "%s/model.safetensors.index.json", directory);
     unlink(path);
@@ -152,7 +160,8 @@ static void expect_config(const char *fields, enum lr_status status, const char 
     struct lr_qwen3_next_config config;
     struct lr_error why;
     int n = snprintf(text, sizeof text, "{%s}", fields);
-    expect_sentence(fields, lr_qwen3_next_config_parse(text, (size_t)n, "config.json", &config, &why), &why, status, sentence);
+    expect_sentence(fields, lr_qwen3_next_config_parse(text, (size_t)n, "config.json", &config, &why), &why, status,
+                    sentence);
     assert_non_null(strstr(why.message, "config.json"));
 }
 
@@ -160,11 +169,22 @@ static void config_rules(void **state)
 {
     (void)state;
 #define TYPE "\"model_type\":\"qwen3_next\","
-    static const char *const integers[] = {
-        "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
-        "linear_conv_kernel_dim", "moe_intermediate_size", "intermediate_size", "full_attention_interval",
-        "decoder_sparse_step", "max_position_embeddings"};
+    static const char *const integers[] = {"hidden_size",
+                                           "vocab_size",
+                                           "num_hidden_layers",
+                                           "num_attention_heads",
+                                           "num_key_value_heads",
+                                           "head_dim",
+                                           "linear_num_key_heads",
+                                           "linear_num_value_heads",
+                                           "linear_key_head_dim",
+                                           "linear_value_head_dim",
+                                           "linear_conv_kernel_dim",
+                                           "moe_intermediate_size",
+                                           "intermediate_size",
+                                           "full_attention_interval",
+                                           "decoder_sparse_step",
+                                           "max_position_embeddings"};
     static const char *const wrong[] = {"0", "-1", "1.5", "\"8\"", "1e30", "[]"};
     for (size_t i = 0; i < sizeof integers / sizeof integers[0]; i++)
         for (size_t j = 0; j < sizeof wrong / sizeof wrong[0]; j++) {
@@ -183,7 +203,8 @@ static void config_rules(void **state)
     expect_config(TYPE "\"num_experts\":5000", LR_CORRUPT, "num_experts is 5000");
     expect_config(TYPE "\"hidden_act\":\"mish\"", LR_UNSUPPORTED, "'mish'");
     expect_config(TYPE "\"hidden_act\":3", LR_UNSUPPORTED, "hidden_act");
-    expect_config(TYPE "\"layer_types\":[\"full_attention\"]", LR_CORRUPT, "layer_types has 1 entries, num_hidden_layers is 48");
+    expect_config(TYPE "\"layer_types\":[\"full_attention\"]", LR_CORRUPT,
+                  "layer_types has 1 entries, num_hidden_layers is 48");
     expect_config(TYPE "\"num_hidden_layers\":1,\"layer_types\":[\"mamba\"]", LR_UNSUPPORTED, "'mamba'");
     expect_config(TYPE "\"mlp_only_layers\":[\"a\"]", LR_CORRUPT, "mlp_only_layers[0]");
     expect_config(TYPE "\"mlp_only_layers\":3", LR_CORRUPT, "mlp_only_layers");
@@ -195,8 +216,9 @@ static void config_rules(void **state)
     expect_config(TYPE "\"head_dim\":10,\"partial_rotary_factor\":0.5", LR_CORRUPT, "5 rotary components");
     expect_config(TYPE "\"rope_parameters\":{\"rope_type\":\"dynamic\",\"factor\":2}", LR_UNSUPPORTED, "'dynamic'");
     expect_config(TYPE "\"rope_parameters\":{\"rope_type\":\"linear\"}", LR_CORRUPT, "has no factor");
-    expect_config(TYPE "\"rope_parameters\":{\"rope_type\":\"llama3\",\"factor\":2,\"low_freq_factor\":4,\"high_freq_factor\":1}",
-                  LR_CORRUPT, "high_freq_factor 1 must be above low_freq_factor 4");
+    expect_config(
+        TYPE "\"rope_parameters\":{\"rope_type\":\"llama3\",\"factor\":2,\"low_freq_factor\":4,\"high_freq_factor\":1}",
+        LR_CORRUPT, "high_freq_factor 1 must be above low_freq_factor 4");
     expect_config(TYPE "\"rope_parameters\":7", LR_CORRUPT, "must be an object");
     expect_config(TYPE "\"rope_theta\":0.5", LR_CORRUPT, "rope_theta");
 #undef TYPE
@@ -209,7 +231,8 @@ static void config_against_tensors(void **state)
     static const struct {
         const char *from, *to, *sentence;
     } cases[] = {
-        {"\"hidden_size\": 256", "\"hidden_size\": 128", "'model.embed_tokens.weight' has shape [8192, 256], config.json asks for [8192, 128]"},
+        {"\"hidden_size\": 256", "\"hidden_size\": 128",
+         "'model.embed_tokens.weight' has shape [8192, 256], config.json asks for [8192, 128]"},
         {"\"num_experts\": 8", "\"num_experts\": 9", "'model.layers.0.mlp.gate.weight' has shape [8, 256]"},
         {"\"num_hidden_layers\": 8", "\"num_hidden_layers\": 9", "no tensor 'model.layers.8."},
         {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "no tensor 'lm_head.weight'"},
@@ -245,7 +268,8 @@ static void expect_tokenizer(const char *what, const char *json, enum lr_status 
 {
     struct lr_tokenizer *tokenizer;
     struct lr_error why;
-    expect_sentence(what, lr_tokenizer_parse(json, strlen(json), "tokenizer.json", &tokenizer, &why), &why, status, sentence);
+    expect_sentence(what, lr_tokenizer_parse(json, strlen(json), "tokenizer.json", &tokenizer, &why), &why, status,
+                    sentence);
 }
 
 static void tokenizer_rules(void **state)
@@ -278,7 +302,8 @@ static void tokenizer_rules(void **state)
     }
     free(text);
 
-    json_t *model = json_object_get(root, "model"), *vocab = json_object_get(model, "vocab"), *merges = json_object_get(model, "merges");
+    json_t *model = json_object_get(root, "model"), *vocab = json_object_get(model, "vocab"),
+           *merges = json_object_get(model, "merges");
     json_array_append_new(merges, json_pack("[s,s]", "zq", "xj"));
     text = json_dumps(root, 0);
     expect_tokenizer("dangling", text, LR_CORRUPT, "'zq' and 'xj', has a side that is not in the vocabulary");
@@ -307,7 +332,8 @@ static void tokenizer_rules(void **state)
     json_decref(root);
     expect_tokenizer("not JSON", "{", LR_CORRUPT, "not valid JSON");
     expect_tokenizer("no model", "{}", LR_CORRUPT, "has no model");
-    expect_tokenizer("no bytes", "{\"model\":{\"vocab\":{\"a\":0},\"merges\":[]}}", LR_UNSUPPORTED, "no token for the byte 0x00");
+    expect_tokenizer("no bytes", "{\"model\":{\"vocab\":{\"a\":0},\"merges\":[]}}", LR_UNSUPPORTED,
+                     "no token for the byte 0x00");
 }
 
 /* A pattern that backtracks without end gives up with a sentence. */

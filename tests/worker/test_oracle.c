@@ -38,8 +38,9 @@ static enum lr_status compare(void *context, int64_t position, const float *logi
         c->worst = difference > c->worst ? difference : c->worst;
     }
     if (argmax(logits, c->vocab) != argmax(expected, c->vocab))
-        return lr_fail(sink_err, LR_INTERNAL, "%s, position %lld: token %lld is the likeliest, in transformers %lld", c->what,
-                       (long long)position, (long long)argmax(logits, c->vocab), (long long)argmax(expected, c->vocab));
+        return lr_fail(sink_err, LR_INTERNAL, "%s, position %lld: token %lld is the likeliest, in transformers %lld",
+                       c->what, (long long)position, (long long)argmax(logits, c->vocab),
+                       (long long)argmax(expected, c->vocab));
     c->next++;
     return LR_OK;
 }

@@ -221,8 +221,8 @@ static int close_engine(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(portions_do_not_matter),   cmocka_unit_test(halves_and_single_tokens_agree_with_prefill),
-        cmocka_unit_test(forks_are_independent),    cmocka_unit_test(all_pages_are_everything),
+        cmocka_unit_test(portions_do_not_matter), cmocka_unit_test(halves_and_single_tokens_agree_with_prefill),
+        cmocka_unit_test(forks_are_independent),  cmocka_unit_test(all_pages_are_everything),
         cmocka_unit_test(wrong_use_is_refused),
     };
     return cmocka_run_group_tests(tests, open_engine, close_engine);

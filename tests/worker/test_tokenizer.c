@@ -1,4 +1,5 @@
-/* Ids against HuggingFace tokenizers (tests/oracle/make_tokenizer.py) on texts chosen to be nasty, and back to bytes. */
+/* Ids against HuggingFace tokenizers (tests/oracle/make_tokenizer.py) on texts chosen to be nasty, and back to bytes.
+ */
 #include "tests/worker/fixtures.h"
 #include "worker/weights/tokenizer.h"
 
@@ -13,7 +14,8 @@ static void check_ids(struct lr_tokenizer *tokenizer, const char *ids_path, cons
     assert_ok(lr_tokenizer_encode(tokenizer, text, n_bytes, flags, &ids, err));
     for (int64_t i = 0; i < n && i < ids.n_ids; i++)
         if (ids.ids[i] != expected[i])
-            fail_msg("%s: id %lld is %d, HuggingFace has %lld", ids_path, (long long)i, ids.ids[i], (long long)expected[i]);
+            fail_msg("%s: id %lld is %d, HuggingFace has %lld", ids_path, (long long)i, ids.ids[i],
+                     (long long)expected[i]);
     if (ids.n_ids != n)
         fail_msg("%s: %lld ids, HuggingFace has %lld", ids_path, (long long)ids.n_ids, (long long)n);
     free(ids.ids);
@@ -93,10 +95,10 @@ static void names_the_byte_that_is_no_text(void **state)
 {
     (void)state;
     refused("abc\xff", 4, "byte 3 of 4 (0xff)");
-    refused("\xed\xa0\x80", 3, "byte 0 of 3");     /* a surrogate */
-    refused("a\xc0\x80", 3, "byte 1 of 3");        /* overlong */
-    refused("ab\xf4\x90\x80\x80", 6, "byte 2");    /* above U+10FFFF */
-    refused("\xe2\x82", 2, "byte 0 of 2 (0xe2)");  /* cut off */
+    refused("\xed\xa0\x80", 3, "byte 0 of 3");    /* a surrogate */
+    refused("a\xc0\x80", 3, "byte 1 of 3");       /* overlong */
+    refused("ab\xf4\x90\x80\x80", 6, "byte 2");   /* above U+10FFFF */
+    refused("\xe2\x82", 2, "byte 0 of 2 (0xe2)"); /* cut off */
 }
 
 int main(void)

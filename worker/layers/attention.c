@@ -60,10 +60,8 @@ static struct lr_projection project(const struct lr_step *step, const struct lr_
 
 /* attended [n, n_heads * head_dim] * sigmoid(gate) -> out projection, added to the residual stream.
  */
-static void finish(const struct lr_step *step,
-                   const struct lr_layer *layer,
-                   const struct lr_projection *p,
-                   float *attended)
+static void
+finish(const struct lr_step *step, const struct lr_layer *layer, const struct lr_projection *p, float *attended)
 {
     const struct lr_engine *engine = step->session->engine;
     const struct lr_model_dims *dims = &engine->model.dims;
@@ -109,9 +107,8 @@ size_t lr_softmax_bytes(const struct lr_model_dims *dims, int64_t n_rows)
     return (size_t)(n_rows * dims->n_heads * (dims->head_dim + 2)) * sizeof(float) + 256;
 }
 
-struct lr_attention_args lr_attention_call(const struct lr_step *step,
-                                           const struct lr_projection *p,
-                                           const struct lr_softmax *softmax)
+struct lr_attention_args
+lr_attention_call(const struct lr_step *step, const struct lr_projection *p, const struct lr_softmax *softmax)
 {
     const struct lr_session *session = step->session;
     const struct lr_model_dims *dims = &session->engine->model.dims;
@@ -128,8 +125,7 @@ struct lr_attention_args lr_attention_call(const struct lr_step *step,
                                       .o = softmax->o};
 }
 
-static enum lr_status
-prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
+static enum lr_status prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -151,8 +147,7 @@ prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err
     return LR_OK;
 }
 
-static enum lr_status
-extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
+static enum lr_status extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_model_dims *dims = &session->engine->model.dims;
@@ -169,8 +164,7 @@ static size_t prefill_bytes(const struct lr_model_dims *dims,
                             const struct lr_session_options *options)
 {
     size_t rows = (size_t)options->segment_tokens;
-    return rows * (size_t)lr_attention_columns(dims) * sizeof(float) +
-           lr_softmax_bytes(dims, options->segment_tokens) +
+    return rows * (size_t)lr_attention_columns(dims) * sizeof(float) + lr_softmax_bytes(dims, options->segment_tokens) +
            lr_attend_document_bytes(dims, ops, n_workers, options) + 4096;
 }
 
@@ -182,8 +176,7 @@ static size_t extend_bytes(const struct lr_model_dims *dims,
 {
     (void)ops;
     size_t columns = (size_t)(lr_attention_columns(dims) + dims->n_heads * dims->head_dim);
-    return (size_t)n_rows * columns * sizeof(float) +
-           lr_attend_forks_bytes(dims, n_workers, options, n_rows) + 4096;
+    return (size_t)n_rows * columns * sizeof(float) + lr_attend_forks_bytes(dims, n_workers, options, n_rows) + 4096;
 }
 
 const struct lr_layer_ops lr_attention_layer = {

@@ -7,8 +7,8 @@
 /* ---- document: storing KV
  * ----------------------------------------------------------------------------------------- */
 
-static void summarize_blocks(
-    struct lr_session *session, int64_t layer, int64_t first_block, int64_t end_token, float *means)
+static void
+summarize_blocks(struct lr_session *session, int64_t layer, int64_t first_block, int64_t end_token, float *means)
 {
     const struct lr_engine *engine = session->engine;
     int64_t size = session->kv_shape.n_kv_heads * session->kv_shape.head_dim;
@@ -19,23 +19,20 @@ static void summarize_blocks(
         int64_t block = first_block + i;
         struct lr_kv_ref ref = {.data = lr_session_block(session, layer, block),
                                 .position = block * LR_BLOCK,
-                                .n_keys =
-                                    (int32_t)lr_min_i64(end_token - block * LR_BLOCK, LR_BLOCK)};
+                                .n_keys = (int32_t)lr_min_i64(end_token - block * LR_BLOCK, LR_BLOCK)};
         int64_t page = (layer * session->local_blocks + local + i) * size;
-        struct lr_block_summary_args args = {
-            .shape = session->kv_shape,
-            .blocks = &ref,
-            .n_blocks = 1,
-            .mean = means ? means + i * size : NULL,
-            .min = session->page_min ? session->page_min + page : NULL,
-            .max = session->page_max ? session->page_max + page : NULL};
+        struct lr_block_summary_args args = {.shape = session->kv_shape,
+                                             .blocks = &ref,
+                                             .n_blocks = 1,
+                                             .mean = means ? means + i * size : NULL,
+                                             .min = session->page_min ? session->page_min + page : NULL,
+                                             .max = session->page_max ? session->page_max + page : NULL};
         engine->ops->block_summary(&engine->exec, &args);
     }
 }
 
 /* Means of the wave's blocks, from everyone to everyone, into session->block_means. */
-static enum lr_status
-share_means(struct lr_step *step, int64_t layer, const float *mine, struct lr_error *err)
+static enum lr_status share_means(struct lr_step *step, int64_t layer, const float *mine, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->comm;
@@ -43,14 +40,12 @@ share_means(struct lr_step *step, int64_t layer, const float *mine, struct lr_er
     int64_t n_blocks = lr_ceil_div(session->options.max_tokens, LR_BLOCK);
     size_t *sizes = LR_STEP_ARRAY(session, size_t, comm->size);
     for (int r = 0; r < comm->size; r++)
-        sizes[r] =
-            (size_t)(lr_ceil_div(lr_wave_length(step->wave, r), LR_BLOCK) * size) * sizeof(float);
+        sizes[r] = (size_t)(lr_ceil_div(lr_wave_length(step->wave, r), LR_BLOCK) * size) * sizeof(float);
     float *all = session->block_means + (layer * n_blocks + step->wave->first / LR_BLOCK) * size;
     return lr_comm_all_gather_v(comm, "block means", mine, sizes, all, err);
 }
 
-static enum lr_status
-store_kv(struct lr_step *step, int64_t layer, const struct lr_projection *p, struct lr_error *err)
+static enum lr_status store_kv(struct lr_step *step, int64_t layer, const struct lr_projection *p, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -72,8 +67,7 @@ store_kv(struct lr_step *step, int64_t layer, const struct lr_projection *p, str
     if (!session->block_means && !session->page_min)
         return LR_OK;
     int64_t size = session->kv_shape.n_kv_heads * session->kv_shape.head_dim;
-    float *means =
-        session->block_means ? LR_STEP_ARRAY(session, float, (n_blocks + 1) * size) : NULL;
+    float *means = session->block_means ? LR_STEP_ARRAY(session, float, (n_blocks + 1) * size) : NULL;
     if (n > 0)
         summarize_blocks(session, layer, start / LR_BLOCK, start + n, means);
     return means ? share_means(step, layer, means, err) : LR_OK;
@@ -87,8 +81,7 @@ static void row_sizes(const struct lr_step *step, int64_t row, size_t *sizes)
 {
     const struct lr_session *session = step->session;
     for (int r = 0; r < session->engine->comm->size; r++) {
-        int64_t tokens =
-            row < step->wave->index ? step->wave->segment : lr_wave_length(step->wave, r);
+        int64_t tokens = row < step->wave->index ? step->wave->segment : lr_wave_length(step->wave, r);
         sizes[r] = (size_t)lr_ceil_div(tokens, LR_BLOCK) * session->block_bytes;
     }
 }
@@ -110,14 +103,11 @@ static enum lr_status start_row(const struct lr_step *step,
 }
 
 /* The blocks of one gathered row that my queries may see. */
-static int64_t
-row_refs(const struct lr_step *step, int64_t row, const char *buffer, struct lr_kv_ref *refs)
+static int64_t row_refs(const struct lr_step *step, int64_t row, const char *buffer, struct lr_kv_ref *refs)
 {
     const struct lr_session *session = step->session;
     int64_t first = row * session->engine->comm->size * step->wave->segment;
-    int64_t end = row < step->wave->index
-                      ? first + session->engine->comm->size * step->wave->segment
-                      : step->wave->end;
+    int64_t end = row < step->wave->index ? first + session->engine->comm->size * step->wave->segment : step->wave->end;
     int64_t mine_end = lr_wave_start(step->wave, session->engine->comm->rank) + step->n_rows;
     int64_t n = 0;
     for (int64_t position = first; position < lr_min_i64(end, mine_end); position += LR_BLOCK, n++)
@@ -127,10 +117,8 @@ row_refs(const struct lr_step *step, int64_t row, const char *buffer, struct lr_
     return n;
 }
 
-static enum lr_status attend_full_ring(struct lr_step *step,
-                                       int64_t layer,
-                                       struct lr_attention_args *args,
-                                       struct lr_error *err)
+static enum lr_status
+attend_full_ring(struct lr_step *step, int64_t layer, struct lr_attention_args *args, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
@@ -149,8 +137,7 @@ static enum lr_status attend_full_ring(struct lr_step *step,
         int now = (int)(row & 1), next = 1 - now;
         LR_TRY(lr_comm_wait(engine->comm, &requests[now], err));
         if (row < step->wave->index)
-            LR_TRY(
-                start_row(step, layer, row + 1, buffers[next], sizes[next], &requests[next], err));
+            LR_TRY(start_row(step, layer, row + 1, buffers[next], sizes[next], &requests[next], err));
         struct lr_kv_list list = {.refs = refs, .n_refs = row_refs(step, row, buffers[now], refs)};
         args->lists = &list;
         if (step->n_rows > 0 && list.n_refs > 0)
@@ -208,8 +195,7 @@ static int64_t most_needs(const struct lr_session_options *o, const struct lr_mo
 {
     int64_t own = o->segment_tokens / LR_BLOCK;
     int64_t fixed = own + lr_ceil_div(o->window, LR_BLOCK) + lr_ceil_div(o->sinks, LR_BLOCK) + 2;
-    return lr_min_i64(fixed + own * dims->n_kv_heads * o->top_k_blocks,
-                      lr_ceil_div(o->max_tokens, LR_BLOCK) + 1);
+    return lr_min_i64(fixed + own * dims->n_kv_heads * o->top_k_blocks, lr_ceil_div(o->max_tokens, LR_BLOCK) + 1);
 }
 
 static int64_t list_fixed_needs(const struct lr_step *step, int rank, int32_t *blocks)
@@ -224,12 +210,8 @@ static int64_t list_fixed_needs(const struct lr_step *step, int rank, int32_t *b
 }
 
 /* Adds chosen blocks to an ascending list and keeps it ascending and free of repetitions. */
-static int64_t merge_chosen(struct lr_session *session,
-                            const int32_t *chosen,
-                            int64_t n_chosen,
-                            int32_t *blocks,
-                            int64_t n,
-                            int64_t end_block)
+static int64_t merge_chosen(
+    struct lr_session *session, const int32_t *chosen, int64_t n_chosen, int32_t *blocks, int64_t n, int64_t end_block)
 {
     unsigned char *wanted = LR_STEP_ARRAY(session, unsigned char, end_block);
     memset(wanted, 0, (size_t)end_block);
@@ -245,11 +227,8 @@ static int64_t merge_chosen(struct lr_session *session,
     return n;
 }
 
-static enum lr_status list_needs(struct lr_step *step,
-                                 const int32_t *chosen,
-                                 int64_t n_chosen,
-                                 struct needs *needs,
-                                 struct lr_error *err)
+static enum lr_status
+list_needs(struct lr_step *step, const int32_t *chosen, int64_t n_chosen, struct needs *needs, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->comm;
@@ -259,8 +238,7 @@ static enum lr_status list_needs(struct lr_step *step,
     needs->first[0] = 0;
     if (session->options.top_k_blocks == 0) {
         for (int r = 0; r < comm->size; r++)
-            needs->first[r + 1] =
-                needs->first[r] + list_fixed_needs(step, r, needs->blocks + needs->first[r]);
+            needs->first[r + 1] = needs->first[r] + list_fixed_needs(step, r, needs->blocks + needs->first[r]);
         return LR_OK;
     }
     int32_t *mine = LR_STEP_ARRAY(session, int32_t, most);
@@ -277,11 +255,8 @@ static enum lr_status list_needs(struct lr_step *step,
 }
 
 /* Where each block that I need lies: at home or in `fetched`. */
-static enum lr_status fetch_needs(struct lr_step *step,
-                                  int64_t layer,
-                                  const struct needs *needs,
-                                  const char **where,
-                                  struct lr_error *err)
+static enum lr_status
+fetch_needs(struct lr_step *step, int64_t layer, const struct needs *needs, const char **where, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->comm;
@@ -301,15 +276,13 @@ static enum lr_status fetch_needs(struct lr_step *step,
     char *outgoing = LR_STEP_ARRAY(session, char, (size_t)n_send * session->block_bytes);
     char *fetched = LR_STEP_ARRAY(session, char, (size_t)n_receive * session->block_bytes);
     if (!outgoing || !fetched)
-        return lr_fail(err, LR_INTERNAL,
-                       "workspace for %lld + %lld travelling blocks was not planned",
+        return lr_fail(err, LR_INTERNAL, "workspace for %lld + %lld travelling blocks was not planned",
                        (long long)n_send, (long long)n_receive);
     char *next = outgoing;
     for (int r = 0; r < comm->size; r++)
         for (int64_t i = needs->first[r]; r != comm->rank && i < needs->first[r + 1]; i++)
             if (lr_session_block_owner(session, needs->blocks[i]) == comm->rank) {
-                memcpy(next, lr_session_block(session, layer, needs->blocks[i]),
-                       session->block_bytes);
+                memcpy(next, lr_session_block(session, layer, needs->blocks[i]), session->block_bytes);
                 next += session->block_bytes;
             }
     LR_TRY(lr_comm_all_to_all_v(comm, "kv blocks", outgoing, send, fetched, receive, err));
@@ -322,16 +295,15 @@ static enum lr_status fetch_needs(struct lr_step *step,
     for (int64_t i = needs->first[comm->rank]; i < needs->first[comm->rank + 1]; i++) {
         int owner = lr_session_block_owner(session, needs->blocks[i]);
         int64_t slot = i - needs->first[comm->rank];
-        where[slot] = owner == comm->rank ? lr_session_block(session, layer, needs->blocks[i])
-                                          : fetched + offsets[owner];
+        where[slot] =
+            owner == comm->rank ? lr_session_block(session, layer, needs->blocks[i]) : fetched + offsets[owner];
         if (owner != comm->rank)
             offsets[owner] += session->block_bytes;
     }
     return LR_OK;
 }
 
-static struct lr_kv_ref
-make_ref(const struct lr_step *step, int64_t block, const char *data, int whole)
+static struct lr_kv_ref make_ref(const struct lr_step *step, int64_t block, const char *data, int whole)
 {
     int64_t end = step->wave->end;
     return (struct lr_kv_ref){.data = data,
@@ -361,11 +333,8 @@ static int64_t most_refs(const struct lr_session_options *o)
 }
 
 /* One list for each query block and KV head: sinks, chosen blocks, window. */
-static struct lr_kv_list *chosen_lists(const struct lr_step *step,
-                                       const int32_t *chosen,
-                                       const int32_t *blocks,
-                                       int64_t n,
-                                       const char *const *where)
+static struct lr_kv_list *chosen_lists(
+    const struct lr_step *step, const int32_t *chosen, const int32_t *blocks, int64_t n, const char *const *where)
 {
     struct lr_session *session = step->session;
     const struct lr_session_options *o = &session->options;
@@ -412,9 +381,8 @@ static int32_t *select_blocks(struct lr_step *step, int64_t layer, const struct 
                                         .position = start,
                                         .window = o->window,
                                         .sinks = o->sinks,
-                                        .block_means =
-                                            session->block_means + layer * all_blocks * kv_heads *
-                                                                       session->kv_shape.head_dim,
+                                        .block_means = session->block_means +
+                                                       layer * all_blocks * kv_heads * session->kv_shape.head_dim,
                                         .n_blocks = lr_ceil_div(start + step->n_rows, LR_BLOCK),
                                         .top_k = o->top_k_blocks,
                                         .chosen = chosen};
@@ -430,8 +398,7 @@ static void count_chosen_pairs(struct lr_step *step, const int32_t *chosen, int6
     int64_t per_block = session->options.top_k_blocks * session->kv_shape.n_kv_heads;
     for (int64_t i = 0; i < n_chosen; i++)
         if (chosen[i] >= 0)
-            session->pairs_seen +=
-                LR_BLOCK * lr_min_i64(LR_BLOCK, step->n_rows - i / per_block * LR_BLOCK);
+            session->pairs_seen += LR_BLOCK * lr_min_i64(LR_BLOCK, step->n_rows - i / per_block * LR_BLOCK);
 }
 
 static enum lr_status attend_sparse(struct lr_step *step,
@@ -482,8 +449,7 @@ static void count_pairs(struct lr_step *step)
         int64_t causal = step->positions[r] + 1;
         int64_t seen = causal;
         if (o->attention == LR_ATTENTION_SPARSE)
-            seen = lr_min_i64(causal,
-                              o->window + lr_min_i64(o->sinks, lr_max_i64(0, causal - o->window)));
+            seen = lr_min_i64(causal, o->window + lr_min_i64(o->sinks, lr_max_i64(0, causal - o->window)));
         session->pairs_seen += seen * session->kv_shape.n_kv_heads;
         session->pairs_causal += causal * session->kv_shape.n_kv_heads;
     }
@@ -508,9 +474,7 @@ enum lr_status lr_attend_document(struct lr_step *step,
 }
 
 /* Blocks that one worker may receive and may send in a wave. */
-static size_t most_travelling(const struct lr_model_dims *dims,
-                              int n_workers,
-                              const struct lr_session_options *options)
+static size_t most_travelling(const struct lr_model_dims *dims, int n_workers, const struct lr_session_options *options)
 {
     if (n_workers == 1)
         return 0;
@@ -533,8 +497,7 @@ size_t lr_attend_document_bytes(const struct lr_model_dims *dims,
     size_t workers = (size_t)n_workers, block = ops->kv_block_bytes(shape);
     size_t own = (size_t)options->segment_tokens / LR_BLOCK;
     size_t all = (size_t)lr_ceil_div(options->max_tokens, LR_BLOCK) + 1;
-    size_t bytes = own * sizeof(void *) +
-                   (own + 1) * (size_t)(dims->n_kv_heads * dims->head_dim) * sizeof(float);
+    size_t bytes = own * sizeof(void *) + (own + 1) * (size_t)(dims->n_kv_heads * dims->head_dim) * sizeof(float);
     if (options->attention == LR_ATTENTION_SPARSE) {
         size_t needs = (size_t)most_needs(options, dims);
         size_t lists = options->top_k_blocks > 0 ? own * (size_t)dims->n_kv_heads : 1;

@@ -7,16 +7,13 @@ enum { PARTIAL_BUDGET_BYTES = 128 << 20 };
 int64_t lr_fork_partials(const struct lr_session_options *options, int n_workers)
 {
     int64_t segments = lr_ceil_div(options->max_tokens, options->segment_tokens);
-    return options->decode_pages > 0 ? options->decode_pages + 1
-                                     : lr_ceil_div(segments, n_workers) + 1;
+    return options->decode_pages > 0 ? options->decode_pages + 1 : lr_ceil_div(segments, n_workers) + 1;
 }
 
-int64_t lr_fork_step_rows(const struct lr_model_dims *dims,
-                          const struct lr_session_options *options,
-                          int n_workers)
+int64_t lr_fork_step_rows(const struct lr_model_dims *dims, const struct lr_session_options *options, int n_workers)
 {
-    int64_t row_bytes = lr_fork_partials(options, n_workers) * dims->n_heads *
-                        (dims->head_dim + 2) * (int64_t)sizeof(float);
+    int64_t row_bytes =
+        lr_fork_partials(options, n_workers) * dims->n_heads * (dims->head_dim + 2) * (int64_t)sizeof(float);
     int64_t rows = lr_min_i64(256, PARTIAL_BUDGET_BYTES / lr_max_i64(row_bytes, 1));
     return lr_max_i64(rows, options->max_forks);
 }
@@ -60,8 +57,7 @@ static void store_fork_kv(const struct lr_step *step, int64_t layer, const struc
             if (!fork->kv)
                 continue;
             int64_t row = batch->slice_first[j] + f, position = step->positions[row];
-            void *block = fork->kv + (size_t)(layer * session->fork_blocks + position / LR_BLOCK -
-                                              first_block) *
+            void *block = fork->kv + (size_t)(layer * session->fork_blocks + position / LR_BLOCK - first_block) *
                                          session->block_bytes;
             struct lr_kv_store_args args = {.shape = session->kv_shape,
                                             .k = p->rows + row * p->stride + p->k,
@@ -101,8 +97,7 @@ static void attend_tails(const struct lr_step *step,
         struct lr_kv_list list = {.refs = refs};
         for (int64_t b = first_block; b * LR_BLOCK < end; b++)
             refs[list.n_refs++] = (struct lr_kv_ref){
-                .data = fork->kv + (size_t)(layer * session->fork_blocks + b - first_block) *
-                                       session->block_bytes,
+                .data = fork->kv + (size_t)(layer * session->fork_blocks + b - first_block) * session->block_bytes,
                 .position = b * LR_BLOCK,
                 .n_keys = (int32_t)lr_min_i64(end - b * LR_BLOCK, LR_BLOCK)};
         struct lr_attention_args args = partial_call(step, p, partials, index, row, n);
@@ -122,23 +117,19 @@ static void attend_segments(const struct lr_step *step,
     const struct lr_engine *engine = session->engine;
     int64_t per_segment = lr_blocks_per_segment(session), blocks = session->n_tokens / LR_BLOCK;
     int64_t index = 0;
-    for (int64_t first = engine->comm->rank * per_segment; first < blocks;
-         first += engine->comm->size * per_segment) {
+    for (int64_t first = engine->comm->rank * per_segment; first < blocks; first += engine->comm->size * per_segment) {
         struct lr_kv_list list = {.refs = refs};
         for (int64_t b = first; b < lr_min_i64(first + per_segment, blocks); b++)
-            refs[list.n_refs++] = (struct lr_kv_ref){.data = lr_session_block(session, layer, b),
-                                                     .position = b * LR_BLOCK,
-                                                     .n_keys = LR_BLOCK};
+            refs[list.n_refs++] = (struct lr_kv_ref){
+                .data = lr_session_block(session, layer, b), .position = b * LR_BLOCK, .n_keys = LR_BLOCK};
         struct lr_attention_args args = partial_call(step, p, partials, index++, 0, step->n_rows);
         args.lists = &list;
         engine->ops->attention(&engine->exec, &args);
     }
 }
 
-static enum lr_status merge_partials(struct lr_step *step,
-                                     const struct partials *partials,
-                                     float *y,
-                                     struct lr_error *err)
+static enum lr_status
+merge_partials(struct lr_step *step, const struct partials *partials, float *y, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
@@ -153,36 +144,29 @@ static enum lr_status merge_partials(struct lr_step *step,
                                  .l = partials->all.l,
                                  .o = partials->all.o,
                                  .bound = LR_STEP_ARRAY(session, float, rows * 2),
-                                 .sums =
-                                     LR_STEP_ARRAY(session, int64_t, rows * (dims->head_dim + 1)),
+                                 .sums = LR_STEP_ARRAY(session, int64_t, rows * (dims->head_dim + 1)),
                                  .y = y,
                                  .y_stride = dims->n_heads * dims->head_dim};
     engine->ops->merge_bounds(&engine->exec, &args);
     LR_TRY(lr_comm_max_f32(engine->comm, "attention maxima", args.bound, (size_t)rows * 2, err));
     engine->ops->merge_accumulate(&engine->exec, &args);
-    LR_TRY(lr_comm_sum_i64(engine->comm, "attention sums", args.sums,
-                           (size_t)(rows * (dims->head_dim + 1)), err));
+    LR_TRY(lr_comm_sum_i64(engine->comm, "attention sums", args.sums, (size_t)(rows * (dims->head_dim + 1)), err));
     engine->ops->merge_finish(&engine->exec, &args);
     return LR_OK;
 }
 
-enum lr_status lr_attend_forks(struct lr_step *step,
-                               int64_t layer,
-                               const struct lr_projection *p,
-                               float *y,
-                               struct lr_error *err)
+enum lr_status
+lr_attend_forks(struct lr_step *step, int64_t layer, const struct lr_projection *p, float *y, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_session_options *options = &session->options;
     store_fork_kv(step, layer, p);
     int64_t segments = lr_ceil_div(session->n_tokens, options->segment_tokens);
-    struct partials partials = {
-        .n = lr_fork_partials(options, session->engine->comm->size),
-        .n_total = 1 + (options->decode_pages > 0 ? options->decode_pages : segments)};
+    struct partials partials = {.n = lr_fork_partials(options, session->engine->comm->size),
+                                .n_total = 1 + (options->decode_pages > 0 ? options->decode_pages : segments)};
     partials.all = lr_softmax_start(session, partials.n * step->n_rows);
     struct lr_kv_ref *refs =
-        LR_STEP_ARRAY(session, struct lr_kv_ref,
-                      lr_max_i64(lr_blocks_per_segment(session), session->fork_blocks) + 1);
+        LR_STEP_ARRAY(session, struct lr_kv_ref, lr_max_i64(lr_blocks_per_segment(session), session->fork_blocks) + 1);
     if (options->decode_pages > 0)
         LR_TRY(lr_attend_pages(step, layer, p, &partials.all, err));
     else

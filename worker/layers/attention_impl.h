@@ -40,9 +40,8 @@ struct lr_softmax lr_softmax_start(struct lr_session *session, int64_t n_rows);
 size_t lr_softmax_bytes(const struct lr_model_dims *dims, int64_t n_rows);
 
 /* Arguments that every attention call of a step shares; m, l, o of row 0 of `softmax`. */
-struct lr_attention_args lr_attention_call(const struct lr_step *step,
-                                           const struct lr_projection *p,
-                                           const struct lr_softmax *softmax);
+struct lr_attention_args
+lr_attention_call(const struct lr_step *step, const struct lr_projection *p, const struct lr_softmax *softmax);
 
 /* Stores the segment's KV and folds what its queries may see. Collective. */
 LR_MUST_USE enum lr_status lr_attend_document(struct lr_step *step,
@@ -56,11 +55,8 @@ size_t lr_attend_document_bytes(const struct lr_model_dims *dims,
                                 const struct lr_session_options *options);
 
 /* Stores the forks' KV and attends: y [n_rows, n_heads * head_dim]. Collective. */
-LR_MUST_USE enum lr_status lr_attend_forks(struct lr_step *step,
-                                           int64_t layer,
-                                           const struct lr_projection *p,
-                                           float *y,
-                                           struct lr_error *err);
+LR_MUST_USE enum lr_status
+lr_attend_forks(struct lr_step *step, int64_t layer, const struct lr_projection *p, float *y, struct lr_error *err);
 size_t lr_attend_forks_bytes(const struct lr_model_dims *dims,
                              int n_workers,
                              const struct lr_session_options *options,

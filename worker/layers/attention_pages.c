@@ -52,10 +52,7 @@ static int32_t page_of_local(const struct lr_session *session, int64_t local)
 }
 
 /* My best pages for each (row, KV head). */
-static void offer_pages(struct lr_step *step,
-                        int64_t layer,
-                        const struct lr_projection *p,
-                        struct offer *offers)
+static void offer_pages(struct lr_step *step, int64_t layer, const struct lr_projection *p, struct offer *offers)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -80,15 +77,13 @@ static void offer_pages(struct lr_step *step,
         for (int64_t head = 0; head < shape->n_kv_heads; head++)
             for (int64_t i = 0; i < n_pages; i++)
                 insert_offer(offers + (row * shape->n_kv_heads + head) * n_best, n_best,
-                             (struct offer){.bound = bounds[head * n_pages + i],
-                                            .page = page_of_local(session, i)});
+                             (struct offer){.bound = bounds[head * n_pages + i], .page = page_of_local(session, i)});
     }
     lr_arena_rewind(&session->workspace, mark);
 }
 
 /* The best pages of the whole world for each (row, KV head), into `offers`. */
-static enum lr_status
-agree_on_pages(struct lr_step *step, struct offer *offers, struct lr_error *err)
+static enum lr_status agree_on_pages(struct lr_step *step, struct offer *offers, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->comm;
@@ -154,10 +149,8 @@ size_t lr_attend_pages_bytes(const struct lr_model_dims *dims,
                              int64_t n_rows)
 {
     size_t offers = (size_t)(n_rows * dims->n_kv_heads * options->decode_pages);
-    size_t pages =
-        (size_t)(lr_ceil_div(options->max_tokens, LR_BLOCK) + options->segment_tokens / LR_BLOCK);
+    size_t pages = (size_t)(lr_ceil_div(options->max_tokens, LR_BLOCK) + options->segment_tokens / LR_BLOCK);
     return offers * ((size_t)n_workers + 1) * sizeof(struct offer) +
-           (size_t)dims->n_kv_heads *
-               (pages * sizeof(float) + sizeof(struct lr_kv_ref) + sizeof(struct lr_kv_list)) +
+           (size_t)dims->n_kv_heads * (pages * sizeof(float) + sizeof(struct lr_kv_ref) + sizeof(struct lr_kv_list)) +
            4096;
 }

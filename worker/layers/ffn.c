@@ -35,12 +35,8 @@ static int64_t round_rows(const struct lr_model_dims *dims, int n_workers, int64
     return lr_min_i64(n_rows, lr_max_i64(rows, 64));
 }
 
-static void run_mlp(const struct lr_step *step,
-                    const struct lr_mlp_weights *w,
-                    const float *x,
-                    int64_t n_rows,
-                    float *y,
-                    float *hidden)
+static void run_mlp(
+    const struct lr_step *step, const struct lr_mlp_weights *w, const float *x, int64_t n_rows, float *y, float *hidden)
 {
     const struct lr_engine *engine = step->session->engine;
     int64_t offsets[2] = {0, n_rows};
@@ -73,8 +69,7 @@ static enum lr_status dense(struct lr_step *step, const struct lr_layer *layer)
 
 /* Router, then a counting sort of the (token, choice) pairs by expert; within an expert, tokens
  * ascend. */
-static struct routing
-route(struct lr_step *step, const struct lr_layer *layer, const float *h, int64_t n)
+static struct routing route(struct lr_step *step, const struct lr_layer *layer, const float *h, int64_t n)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -87,12 +82,8 @@ route(struct lr_step *step, const struct lr_layer *layer, const float *h, int64_
                               .row_of = LR_STEP_ARRAY(session, int64_t, n * k)};
     float *logits = LR_STEP_ARRAY(session, float, n *experts);
     int64_t *next = LR_STEP_ARRAY(session, int64_t, experts);
-    struct lr_gemm_args gemm = {.a = h,
-                                .a_stride = dims->d,
-                                .w = &layer->ffn.router,
-                                .y = logits,
-                                .y_stride = experts,
-                                .n_rows = n};
+    struct lr_gemm_args gemm = {
+        .a = h, .a_stride = dims->d, .w = &layer->ffn.router, .y = logits, .y_stride = experts, .n_rows = n};
     engine->ops->gemm(&engine->exec, &gemm);
     struct lr_router_args router = {.logits = logits,
                                     .n_rows = n,
@@ -151,8 +142,7 @@ struct shared_result {
     float *y, *gate; /* [n, d], [n]; NULL where the model has no shared expert */
 };
 
-static struct shared_result
-run_shared(struct lr_step *step, const struct lr_layer *layer, const float *h, int64_t n)
+static struct shared_result run_shared(struct lr_step *step, const struct lr_layer *layer, const float *h, int64_t n)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -164,12 +154,8 @@ run_shared(struct lr_step *step, const struct lr_layer *layer, const float *h, i
     result.gate = LR_STEP_ARRAY(session, float, n);
     float *hidden = LR_STEP_ARRAY(session, float, n * dims->shared_ffn);
     run_mlp(step, &layer->ffn.shared, h, n, result.y, hidden);
-    struct lr_gemm_args gate = {.a = h,
-                                .a_stride = dims->d,
-                                .w = &layer->ffn.shared_gate,
-                                .y = result.gate,
-                                .y_stride = 1,
-                                .n_rows = n};
+    struct lr_gemm_args gate = {
+        .a = h, .a_stride = dims->d, .w = &layer->ffn.shared_gate, .y = result.gate, .y_stride = 1, .n_rows = n};
     engine->ops->gemm(&engine->exec, &gate);
     return result;
 }
@@ -218,10 +204,8 @@ static enum lr_status local_experts(struct lr_step *step, const struct lr_layer 
  * ------------------------------------------------------------------------------------- */
 
 /* counts[source][local expert]: rows that each worker sends to each of my experts. */
-static enum lr_status exchange_counts(struct lr_step *step,
-                                      const int64_t *counts,
-                                      int64_t *received,
-                                      struct lr_error *err)
+static enum lr_status
+exchange_counts(struct lr_step *step, const int64_t *counts, int64_t *received, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->comm;
@@ -238,12 +222,8 @@ static enum lr_status exchange_counts(struct lr_step *step,
 
 /* Received rows stand by (source, expert); permutation[i] is the received row that is i-th by
  * (expert, source). totals[e] = rows of local expert e. */
-static void sort_by_expert(const int64_t *received,
-                           int n_sources,
-                           int64_t n_local,
-                           int64_t *permutation,
-                           int64_t *totals,
-                           int64_t *first_of)
+static void sort_by_expert(
+    const int64_t *received, int n_sources, int64_t n_local, int64_t *permutation, int64_t *totals, int64_t *first_of)
 {
     int64_t first = 0;
     for (int r = 0; r < n_sources; r++)
@@ -263,11 +243,8 @@ static void sort_by_expert(const int64_t *received,
     }
 }
 
-static enum lr_status dispatch_round(struct lr_step *step,
-                                     const struct lr_layer *layer,
-                                     int64_t first_row,
-                                     int64_t n,
-                                     struct lr_error *err)
+static enum lr_status
+dispatch_round(struct lr_step *step, const struct lr_layer *layer, int64_t first_row, int64_t n, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
@@ -298,8 +275,7 @@ static enum lr_status dispatch_round(struct lr_step *step,
     float *incoming = LR_STEP_ARRAY(session, float, n_received *d);
     engine->ops->gather_rows(&engine->exec, h, d, routing.order, rows, outgoing);
     struct lr_comm_request request = {0};
-    LR_TRY(lr_comm_all_to_all_v_start(comm, "tokens to experts", outgoing, send, incoming, receive,
-                                      &request, err));
+    LR_TRY(lr_comm_all_to_all_v_start(comm, "tokens to experts", outgoing, send, incoming, receive, &request, err));
     struct shared_result shared = run_shared(step, layer, h, n);
     LR_TRY(lr_comm_wait(comm, &request, err));
 
@@ -315,14 +291,12 @@ static enum lr_status dispatch_round(struct lr_step *step,
     engine->ops->gather_rows(&engine->exec, incoming, d, permutation, n_received, x);
     run_experts(step, layer, x, totals, n_local, y);
     engine->ops->gather_rows(&engine->exec, y, d, inverse, n_received, incoming);
-    LR_TRY(
-        lr_comm_all_to_all_v(comm, "results of experts", incoming, receive, outgoing, send, err));
+    LR_TRY(lr_comm_all_to_all_v(comm, "results of experts", incoming, receive, outgoing, send, err));
     combine(step, first_row, n, &routing, outgoing, &shared);
     return LR_OK;
 }
 
-enum lr_status
-lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
+enum lr_status lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
@@ -337,15 +311,13 @@ lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_err
     for (int64_t first = 0; first < most; first += per_round) {
         size_t mark = session->workspace.used_bytes;
         int64_t begin = lr_min_i64(first, step->n_rows);
-        LR_TRY(
-            dispatch_round(step, layer, begin, lr_min_i64(per_round, step->n_rows - begin), err));
+        LR_TRY(dispatch_round(step, layer, begin, lr_min_i64(per_round, step->n_rows - begin), err));
         lr_arena_rewind(&session->workspace, mark);
     }
     return LR_OK;
 }
 
-enum lr_status
-lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
+enum lr_status lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
@@ -375,8 +347,7 @@ lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer, struct lr_erro
     engine->ops->gather_rows(&engine->exec, step->h, d, routing.order + my_first, my_rows, x);
     run_experts(step, layer, x, routing.counts + mine.first, mine.count, y + my_first * d);
     struct lr_comm_request request = {0};
-    LR_TRY(lr_comm_all_gather_v_start(comm, "results of experts", y + my_first * d, sizes, y,
-                                      &request, err));
+    LR_TRY(lr_comm_all_gather_v_start(comm, "results of experts", y + my_first * d, sizes, y, &request, err));
     struct shared_result shared = run_shared(step, layer, step->h, n);
     LR_TRY(lr_comm_wait(comm, &request, err));
     combine(step, 0, n, &routing, y, &shared);

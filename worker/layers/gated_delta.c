@@ -34,8 +34,7 @@ static struct columns columns_of(const struct lr_model_dims *dims)
 static size_t row_floats(const struct lr_model_dims *dims)
 {
     const struct lr_delta_shape *s = &dims->delta;
-    return (size_t)(columns_of(dims).total + dims->conv_channels + 2 * s->n_v_heads +
-                    s->n_v_heads * s->dv);
+    return (size_t)(columns_of(dims).total + dims->conv_channels + 2 * s->n_v_heads + s->n_v_heads * s->dv);
 }
 
 static size_t prefill_bytes(const struct lr_model_dims *dims,
@@ -47,8 +46,7 @@ static size_t prefill_bytes(const struct lr_model_dims *dims,
     size_t rows = (size_t)options->segment_tokens;
     size_t maps = (size_t)(s->n_v_heads * s->dk * s->dk) + 3 * lr_state_floats(dims);
     size_t tails = ((size_t)n_workers + 2) * lr_tail_floats(dims);
-    size_t floats = rows * row_floats(dims) + maps + tails +
-                    ops->delta_work_floats(*s, options->segment_tokens);
+    size_t floats = rows * row_floats(dims) + maps + tails + ops->delta_work_floats(*s, options->segment_tokens);
     return floats * sizeof(float) + (size_t)n_workers * 64 + 4096;
 }
 
@@ -67,8 +65,8 @@ static size_t extend_bytes(const struct lr_model_dims *dims,
 /* The convolution inputs just before each worker's segment. `tails` holds
  * [n_workers][taps-1][channels]: the last rows of every worker's segment, gathered; all but the
  * last active segment are longer than a tail. */
-static enum lr_status gather_tails(
-    struct lr_step *step, const float *in, int64_t in_stride, float *tails, struct lr_error *err)
+static enum lr_status
+gather_tails(struct lr_step *step, const float *in, int64_t in_stride, float *tails, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_model_dims *dims = &session->engine->model.dims;
@@ -77,12 +75,10 @@ static enum lr_status gather_tails(
     size_t *sizes = LR_STEP_ARRAY(session, size_t, comm->size);
     float *mine = LR_STEP_ARRAY(session, float, taps *channels);
     for (int r = 0; r < comm->size; r++)
-        sizes[r] =
-            (size_t)(lr_min_i64(lr_wave_length(step->wave, r), taps) * channels) * sizeof(float);
+        sizes[r] = (size_t)(lr_min_i64(lr_wave_length(step->wave, r), taps) * channels) * sizeof(float);
     int64_t rows = lr_min_i64(step->n_rows, taps);
     for (int64_t i = 0; i < rows; i++)
-        memcpy(mine + i * channels, in + (step->n_rows - rows + i) * in_stride,
-               (size_t)channels * sizeof(float));
+        memcpy(mine + i * channels, in + (step->n_rows - rows + i) * in_stride, (size_t)channels * sizeof(float));
     return lr_comm_all_gather_v(comm, "convolution tails", mine, sizes, tails, err);
 }
 
@@ -95,8 +91,7 @@ static void advance_tail(const struct lr_step *step, const float *tails, float *
     int last = step->wave->n_active - 1;
     int64_t rows = lr_min_i64(lr_wave_length(step->wave, last), taps);
     const float *before = last > 0 ? tails + (last - 1) * taps * channels : session_tail;
-    memmove(session_tail, before + rows * channels,
-            (size_t)((taps - rows) * channels) * sizeof(float));
+    memmove(session_tail, before + rows * channels, (size_t)((taps - rows) * channels) * sizeof(float));
     memcpy(session_tail + (taps - rows) * channels, tails + last * taps * channels,
            (size_t)(rows * channels) * sizeof(float));
 }
@@ -169,10 +164,7 @@ static void prepare_qk_gates(const struct lr_step *step,
 }
 
 /* o -> norm gated by z -> out projection, added to the residual stream. */
-static void finish(const struct lr_step *step,
-                   const struct lr_gated_delta_weights *w,
-                   float *o,
-                   const float *in)
+static void finish(const struct lr_step *step, const struct lr_gated_delta_weights *w, float *o, const float *in)
 {
     const struct lr_engine *engine = step->session->engine;
     const struct lr_model_dims *dims = &engine->model.dims;
@@ -200,8 +192,7 @@ static void finish(const struct lr_step *step,
     engine->ops->gemm(&engine->exec, &out);
 }
 
-static void
-project_in(const struct lr_step *step, const struct lr_gated_delta_weights *w, float *in)
+static void project_in(const struct lr_step *step, const struct lr_gated_delta_weights *w, float *in)
 {
     const struct lr_engine *engine = step->session->engine;
     struct lr_gemm_args args = {.a = step->h,
@@ -213,8 +204,7 @@ project_in(const struct lr_step *step, const struct lr_gated_delta_weights *w, f
     engine->ops->gemm(&engine->exec, &args);
 }
 
-static enum lr_status
-prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
+static enum lr_status prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
@@ -236,8 +226,7 @@ prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err
     struct lr_conv_args conv = {.x = in,
                                 .x_stride = c.total,
                                 .w = w->conv,
-                                .tail = rank > 0 ? tails + (size_t)(rank - 1) * lr_tail_floats(dims)
-                                                 : session_tail,
+                                .tail = rank > 0 ? tails + (size_t)(rank - 1) * lr_tail_floats(dims) : session_tail,
                                 .y = mixed,
                                 .y_stride = channels,
                                 .n_rows = n,
@@ -256,16 +245,16 @@ prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err
     float *b = LR_STEP_ARRAY(session, float, lr_state_floats(dims));
     float *s_in = LR_STEP_ARRAY(session, float, lr_state_floats(dims));
     float *s_out = LR_STEP_ARRAY(session, float, lr_state_floats(dims));
-    struct lr_delta_segment_args segment = {
-        .shape = *s,
-        .q = mixed,
-        .k = mixed + c.k,
-        .v = mixed + c.v,
-        .qkv_stride = channels,
-        .g = g,
-        .beta = beta,
-        .n_rows = n,
-        .work = LR_STEP_ARRAY(session, float, engine->ops->delta_work_floats(*s, n))};
+    struct lr_delta_segment_args segment = {.shape = *s,
+                                            .q = mixed,
+                                            .k = mixed + c.k,
+                                            .v = mixed + c.v,
+                                            .qkv_stride = channels,
+                                            .g = g,
+                                            .beta = beta,
+                                            .n_rows = n,
+                                            .work =
+                                                LR_STEP_ARRAY(session, float, engine->ops->delta_work_floats(*s, n))};
     if (n > 0)
         engine->ops->delta_summary(&engine->exec, &segment, m, b);
     LR_TRY(scan_states(step, session_state, m, b, s_in, s_out, err));
@@ -279,11 +268,8 @@ prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err
 
 /* Convolution of the forks' rows: each fork's inputs are lined up behind its tail, then put back
  * time-major. */
-static void convolve_forks(const struct lr_step *step,
-                           const struct lr_layer *layer,
-                           const float *in,
-                           int64_t in_stride,
-                           float *mixed)
+static void convolve_forks(
+    const struct lr_step *step, const struct lr_layer *layer, const float *in, int64_t in_stride, float *mixed)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -299,8 +285,7 @@ static void convolve_forks(const struct lr_step *step,
         float *tail = batch->forks[f]->tails + (size_t)layer->mixer_index * lr_tail_floats(dims);
         memcpy(line, tail, (size_t)taps * row_bytes);
         for (int64_t j = 0; j < n; j++)
-            memcpy(line + (taps + j) * channels, in + (batch->slice_first[j] + f) * in_stride,
-                   row_bytes);
+            memcpy(line + (taps + j) * channels, in + (batch->slice_first[j] + f) * in_stride, row_bytes);
         struct lr_conv_args conv = {.x = line + taps * channels,
                                     .x_stride = channels,
                                     .w = layer->delta.conv,
@@ -319,8 +304,7 @@ static void convolve_forks(const struct lr_step *step,
     lr_arena_rewind(&session->workspace, mark);
 }
 
-static enum lr_status
-extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
+static enum lr_status extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
 {
     (void)err;
     struct lr_session *session = step->session;

@@ -99,12 +99,8 @@ enum lr_status lr_load_weight(struct lr_loader *loader,
     return LR_OK;
 }
 
-enum lr_status lr_load_floats(struct lr_loader *loader,
-                              const char *name,
-                              int n_dims,
-                              const int64_t *shape,
-                              float **out,
-                              struct lr_error *err)
+enum lr_status lr_load_floats(
+    struct lr_loader *loader, const char *name, int n_dims, const int64_t *shape, float **out, struct lr_error *err)
 {
     struct lr_tensor tensor;
     LR_TRY(lr_checkpoint_take(loader->checkpoint, name, n_dims, shape, &tensor, err));

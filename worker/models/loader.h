@@ -40,12 +40,8 @@ LR_MUST_USE enum lr_status lr_load_weight(struct lr_loader *loader,
                                           struct lr_error *err);
 
 /* A tensor [n] (or any shape of n elements, given by n_dims and shape) as float32. */
-LR_MUST_USE enum lr_status lr_load_floats(struct lr_loader *loader,
-                                          const char *name,
-                                          int n_dims,
-                                          const int64_t *shape,
-                                          float **out,
-                                          struct lr_error *err);
+LR_MUST_USE enum lr_status lr_load_floats(
+    struct lr_loader *loader, const char *name, int n_dims, const int64_t *shape, float **out, struct lr_error *err);
 
 /* `count` objects of the model's arena, zeroed; NULL while measuring. */
 void *lr_load_array(struct lr_loader *loader, int64_t count, size_t size);

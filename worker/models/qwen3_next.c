@@ -28,12 +28,8 @@ static void name_tensor(const struct builder *b, char *name, const char *suffix)
 /* ---- helpers: one tensor, named after its layer
  * ------------------------------------------------------------------- */
 
-static enum lr_status weight(const struct builder *b,
-                             const char *suffix,
-                             int64_t n,
-                             int64_t k,
-                             struct lr_weight *out,
-                             struct lr_error *err)
+static enum lr_status
+weight(const struct builder *b, const char *suffix, int64_t n, int64_t k, struct lr_weight *out, struct lr_error *err)
 {
     char name[NAME_BYTES];
     name_tensor(b, name, suffix);
@@ -41,19 +37,15 @@ static enum lr_status weight(const struct builder *b,
     return lr_load_weight(b->loader, &piece, 1, k, out, err);
 }
 
-static enum lr_status
-floats(const struct builder *b, const char *suffix, int64_t n, float **out, struct lr_error *err)
+static enum lr_status floats(const struct builder *b, const char *suffix, int64_t n, float **out, struct lr_error *err)
 {
     char name[NAME_BYTES];
     name_tensor(b, name, suffix);
     return lr_load_floats(b->loader, name, 1, &n, out, err);
 }
 
-static enum lr_status mlp(const struct builder *b,
-                          const char *prefix,
-                          int64_t ffn,
-                          struct lr_mlp_weights *out,
-                          struct lr_error *err)
+static enum lr_status
+mlp(const struct builder *b, const char *prefix, int64_t ffn, struct lr_mlp_weights *out, struct lr_error *err)
 {
     char suffix[NAME_BYTES / 2];
     int64_t d = b->dims->d;
@@ -87,24 +79,19 @@ static enum lr_status delta_in(const struct builder *b, struct lr_weight *out, s
             ranges[part * heads + h] = (struct lr_row_range){h * group + starts[part], sizes[part]};
     for (int64_t part = 0; part < 2; part++)
         for (int64_t h = 0; h < heads; h++)
-            ranges[(4 + part) * heads + h] =
-                (struct lr_row_range){h * 2 * ratio + part * ratio, ratio};
+            ranges[(4 + part) * heads + h] = (struct lr_row_range){h * 2 * ratio + part * ratio, ratio};
     char qkvz[NAME_BYTES], ba[NAME_BYTES];
     name_tensor(b, qkvz, "linear_attn.in_proj_qkvz.weight");
     name_tensor(b, ba, "linear_attn.in_proj_ba.weight");
     struct lr_weight_piece pieces[2] = {
         {.name = qkvz, .n_rows = heads * group, .ranges = ranges, .n_ranges = heads * 4},
-        {.name = ba,
-         .n_rows = 2 * s->n_v_heads,
-         .ranges = ranges + heads * 4,
-         .n_ranges = heads * 2}};
+        {.name = ba, .n_rows = 2 * s->n_v_heads, .ranges = ranges + heads * 4, .n_ranges = heads * 2}};
     enum lr_status status = lr_load_weight(b->loader, pieces, 2, b->dims->d, out, err);
     free(ranges);
     return status;
 }
 
-static enum lr_status
-gated_delta(const struct builder *b, struct lr_gated_delta_weights *out, struct lr_error *err)
+static enum lr_status gated_delta(const struct builder *b, struct lr_gated_delta_weights *out, struct lr_error *err)
 {
     const struct lr_model_dims *dims = b->dims;
     const struct lr_delta_shape *s = &dims->delta;
@@ -120,8 +107,7 @@ gated_delta(const struct builder *b, struct lr_gated_delta_weights *out, struct 
 }
 
 /* The three biases in the order of the packed rows. */
-static enum lr_status
-attention_biases(const struct builder *b, struct lr_attention_weights *out, struct lr_error *err)
+static enum lr_status attention_biases(const struct builder *b, struct lr_attention_weights *out, struct lr_error *err)
 {
     const struct lr_model_dims *dims = b->dims;
     int64_t q = 2 * dims->n_heads * dims->head_dim, kv = dims->n_kv_heads * dims->head_dim;
@@ -138,8 +124,7 @@ attention_biases(const struct builder *b, struct lr_attention_weights *out, stru
     return floats(b, "self_attn.o_proj.bias", dims->d, &out->out_bias, err);
 }
 
-static enum lr_status
-attention(const struct builder *b, struct lr_attention_weights *out, struct lr_error *err)
+static enum lr_status attention(const struct builder *b, struct lr_attention_weights *out, struct lr_error *err)
 {
     const struct lr_model_dims *dims = b->dims;
     char q[NAME_BYTES], k[NAME_BYTES], v[NAME_BYTES];
@@ -152,8 +137,7 @@ attention(const struct builder *b, struct lr_attention_weights *out, struct lr_e
         {.name = v, .n_rows = dims->n_kv_heads * dims->head_dim},
     };
     LR_TRY(lr_load_weight(b->loader, pieces, 3, dims->d, &out->in, err));
-    LR_TRY(weight(b, "self_attn.o_proj.weight", dims->d, dims->n_heads * dims->head_dim, &out->out,
-                  err));
+    LR_TRY(weight(b, "self_attn.o_proj.weight", dims->d, dims->n_heads * dims->head_dim, &out->out, err));
     if (b->config->attention_bias)
         LR_TRY(attention_biases(b, out, err));
     LR_TRY(floats(b, "self_attn.q_norm.weight", dims->head_dim, &out->q_norm, err));
@@ -164,8 +148,7 @@ attention(const struct builder *b, struct lr_attention_weights *out, struct lr_e
  * -------------------------------------------------------------------------------------------------
  */
 
-static enum lr_status
-experts(const struct builder *b, struct lr_ffn_weights *out, struct lr_error *err)
+static enum lr_status experts(const struct builder *b, struct lr_ffn_weights *out, struct lr_error *err)
 {
     const struct lr_model_dims *dims = b->dims;
     struct lr_expert_range range = b->experts;
@@ -186,8 +169,7 @@ experts(const struct builder *b, struct lr_ffn_weights *out, struct lr_error *er
     return LR_OK;
 }
 
-static enum lr_status
-feed_forward(const struct builder *b, struct lr_ffn_weights *out, struct lr_error *err)
+static enum lr_status feed_forward(const struct builder *b, struct lr_ffn_weights *out, struct lr_error *err)
 {
     const struct lr_model_dims *dims = b->dims;
     if (!lr_qwen3_next_layer_is_moe(b->config, b->layer))
@@ -207,9 +189,8 @@ static enum lr_status layers(struct builder *b, struct lr_layer *all, struct lr_
 {
     int64_t index[2] = {0, 0};
     for (b->layer = 0; b->layer < b->dims->n_layers; b->layer++) {
-        struct lr_layer layer = {.mixer = b->config->layer_is_attention[b->layer]
-                                              ? LR_MIXER_ATTENTION
-                                              : LR_MIXER_GATED_DELTA};
+        struct lr_layer layer = {.mixer = b->config->layer_is_attention[b->layer] ? LR_MIXER_ATTENTION
+                                                                                  : LR_MIXER_GATED_DELTA};
         layer.mixer_index = index[layer.mixer]++;
         LR_TRY(floats(b, "input_layernorm.weight", b->dims->d, &layer.norm1, err));
         LR_TRY(floats(b, "post_attention_layernorm.weight", b->dims->d, &layer.norm2, err));
@@ -224,18 +205,16 @@ static enum lr_status layers(struct builder *b, struct lr_layer *all, struct lr_
     return LR_OK;
 }
 
-static enum lr_status
-embedding(const struct builder *b, struct lr_model *model, struct lr_error *err)
+static enum lr_status embedding(const struct builder *b, struct lr_model *model, struct lr_error *err)
 {
     int64_t shape[2] = {b->dims->vocab, b->dims->d};
     struct lr_tensor tensor;
-    LR_TRY(lr_checkpoint_take(b->loader->checkpoint, "model.embed_tokens.weight", 2, shape, &tensor,
-                              err));
+    LR_TRY(lr_checkpoint_take(b->loader->checkpoint, "model.embed_tokens.weight", 2, shape, &tensor, err));
     model->embed = tensor.data;
     model->embed_dtype = tensor.dtype;
-    struct lr_weight_piece head = {
-        .name = b->config->tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight",
-        .n_rows = b->dims->vocab};
+    struct lr_weight_piece head = {.name =
+                                       b->config->tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight",
+                                   .n_rows = b->dims->vocab};
     LR_TRY(lr_load_weight(b->loader, &head, 1, b->dims->d, &model->head, err));
     if (!b->config->tie_word_embeddings)
         b->loader->n_parameters += b->dims->vocab * b->dims->d;
@@ -284,8 +263,7 @@ void lr_qwen3_next_dims(const struct lr_qwen3_next_config *config, struct lr_mod
         .norm_eps = config->rms_norm_eps,
         .rope_factor = config->rope_attention_factor,
     };
-    out->conv_channels =
-        2 * out->delta.n_k_heads * out->delta.dk + out->delta.n_v_heads * out->delta.dv;
+    out->conv_channels = 2 * out->delta.n_k_heads * out->delta.dk + out->delta.n_v_heads * out->delta.dv;
     for (int64_t i = 0; i < out->n_layers; i++) {
         out->n_attention_layers += config->layer_is_attention[i] != 0;
         out->n_delta_layers += config->layer_is_attention[i] == 0;

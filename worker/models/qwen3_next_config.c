@@ -55,8 +55,8 @@ static enum lr_status check_ratios(const char *path, const struct lr_qwen3_next_
         return lr_fail(err, LR_CORRUPT, "%s: num_attention_heads %lld is no multiple of num_key_value_heads %lld", path,
                        (long long)c->num_attention_heads, (long long)c->num_key_value_heads);
     if (c->num_attention_heads / c->num_key_value_heads > LR_MAX_GROUP)
-        return lr_fail(err, LR_UNSUPPORTED, "%s: %lld query heads for one key-value head, longreach takes up to %d", path,
-                       (long long)(c->num_attention_heads / c->num_key_value_heads), LR_MAX_GROUP);
+        return lr_fail(err, LR_UNSUPPORTED, "%s: %lld query heads for one key-value head, longreach takes up to %d",
+                       path, (long long)(c->num_attention_heads / c->num_key_value_heads), LR_MAX_GROUP);
     if (c->linear_num_value_heads % c->linear_num_key_heads != 0)
         return lr_fail(err, LR_CORRUPT, "%s: linear_num_value_heads %lld is no multiple of linear_num_key_heads %lld",
                        path, (long long)c->linear_num_value_heads, (long long)c->linear_num_key_heads);
@@ -71,12 +71,9 @@ static enum lr_status read_activation(struct lr_json_fields f, struct lr_qwen3_n
     static const struct {
         const char *name;
         enum lr_activation activation;
-    } known[] = {{"silu", LR_ACT_SILU},
-                 {"swish", LR_ACT_SILU},
-                 {"gelu", LR_ACT_GELU},
-                 {"gelu_pytorch_tanh", LR_ACT_GELU_TANH},
-                 {"gelu_new", LR_ACT_GELU_TANH},
-                 {"relu", LR_ACT_RELU}};
+    } known[] = {{"silu", LR_ACT_SILU},          {"swish", LR_ACT_SILU},
+                 {"gelu", LR_ACT_GELU},          {"gelu_pytorch_tanh", LR_ACT_GELU_TANH},
+                 {"gelu_new", LR_ACT_GELU_TANH}, {"relu", LR_ACT_RELU}};
     json_t *value = lr_json_field(f, "hidden_act");
     const char *name = value ? json_string_value(value) : "silu";
     for (size_t i = 0; name && i < sizeof known / sizeof known[0]; i++)
@@ -131,7 +128,8 @@ static enum lr_status read_moe_layers(struct lr_json_fields f, struct lr_qwen3_n
     return LR_OK;
 }
 
-static enum lr_status add_eos(struct lr_json_fields f, json_t *value, struct lr_qwen3_next_config *c, struct lr_error *err)
+static enum lr_status
+add_eos(struct lr_json_fields f, json_t *value, struct lr_qwen3_next_config *c, struct lr_error *err)
 {
     if (!json_is_integer(value) || json_integer_value(value) < 0 || json_integer_value(value) >= c->vocab_size)
         return lr_fail(err, LR_CORRUPT, "%s: eos_token_id must be from 0 to vocab_size - 1 = %lld", f.path,
@@ -166,8 +164,8 @@ static enum lr_status check_type(struct lr_json_fields f, struct lr_error *err)
     if (!type)
         return lr_fail(err, LR_CORRUPT, "%s has no model_type", f.path);
     if (strcmp(type, "qwen3_next") != 0)
-        return lr_fail(err, LR_UNSUPPORTED, "%s: model_type '%.60s' is not supported; longreach reads qwen3_next", f.path,
-                       type);
+        return lr_fail(err, LR_UNSUPPORTED, "%s: model_type '%.60s' is not supported; longreach reads qwen3_next",
+                       f.path, type);
     if (lr_json_field(f, "quantization_config"))
         return lr_fail(err, LR_UNSUPPORTED, "%s: quantised checkpoints are not supported", f.path);
     return LR_OK;
@@ -193,7 +191,8 @@ static enum lr_status read_config(struct lr_json_fields f, struct lr_qwen3_next_
     return read_eos(f, c, err);
 }
 
-static enum lr_status load_object(const char *text, size_t text_bytes, const char *path, json_t **out, struct lr_error *err)
+static enum lr_status
+load_object(const char *text, size_t text_bytes, const char *path, json_t **out, struct lr_error *err)
 {
     json_error_t why;
     json_t *object = json_loadb(text, text_bytes, JSON_REJECT_DUPLICATES, &why);
@@ -207,11 +206,8 @@ static enum lr_status load_object(const char *text, size_t text_bytes, const cha
     return LR_OK;
 }
 
-enum lr_status lr_qwen3_next_config_parse(const char *text,
-                                          size_t text_bytes,
-                                          const char *path,
-                                          struct lr_qwen3_next_config *out,
-                                          struct lr_error *err)
+enum lr_status lr_qwen3_next_config_parse(
+    const char *text, size_t text_bytes, const char *path, struct lr_qwen3_next_config *out, struct lr_error *err)
 {
     struct lr_qwen3_next_config config = {0};
     json_t *object;
@@ -241,8 +237,7 @@ static enum lr_status add_generation_eos(const char *path, struct lr_qwen3_next_
     return status;
 }
 
-enum lr_status
-lr_qwen3_next_config_load(const char *model_dir, struct lr_qwen3_next_config *out, struct lr_error *err)
+enum lr_status lr_qwen3_next_config_load(const char *model_dir, struct lr_qwen3_next_config *out, struct lr_error *err)
 {
     char path[PATH_BYTES], *text;
     size_t text_bytes;

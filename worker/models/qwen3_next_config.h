@@ -45,16 +45,12 @@ struct lr_qwen3_next_config {
 /* Reads config.json (and generation_config.json where there is one). LR_UNSUPPORTED for another
  * model_type, rope type or activation, by name; LR_CORRUPT for a value out of range or two that
  * contradict each other. */
-LR_MUST_USE enum lr_status lr_qwen3_next_config_load(const char *model_dir,
-                                                     struct lr_qwen3_next_config *out,
-                                                     struct lr_error *err);
+LR_MUST_USE enum lr_status
+lr_qwen3_next_config_load(const char *model_dir, struct lr_qwen3_next_config *out, struct lr_error *err);
 
 /* The same over the text of config.json; `path` is for messages. */
-LR_MUST_USE enum lr_status lr_qwen3_next_config_parse(const char *text,
-                                                      size_t text_bytes,
-                                                      const char *path,
-                                                      struct lr_qwen3_next_config *out,
-                                                      struct lr_error *err);
+LR_MUST_USE enum lr_status lr_qwen3_next_config_parse(
+    const char *text, size_t text_bytes, const char *path, struct lr_qwen3_next_config *out, struct lr_error *err);
 void lr_qwen3_next_config_free(struct lr_qwen3_next_config *config);
 
 static inline int lr_qwen3_next_layer_is_moe(const struct lr_qwen3_next_config *config, int64_t layer)

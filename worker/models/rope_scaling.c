@@ -77,8 +77,8 @@ static enum lr_status scale_llama3(struct rope_reader *r, struct lr_error *err)
     LR_TRY(lr_json_real(r->fields, "low_freq_factor", 1e-6, 1e6, NAN, &low, err));
     LR_TRY(lr_json_real(r->fields, "high_freq_factor", 1e-6, 1e6, NAN, &high, err));
     if (high <= low)
-        return lr_fail(err, LR_CORRUPT, "%s: high_freq_factor %g must be above low_freq_factor %g", r->fields.path, high,
-                       low);
+        return lr_fail(err, LR_CORRUPT, "%s: high_freq_factor %g must be above low_freq_factor %g", r->fields.path,
+                       high, low);
     for (int64_t j = 0; j < r->out->rotary_dim / 2; j++) {
         double freq = r->out->inv_freq[j], wavelength = 2.0 * pi / freq;
         if (wavelength > original / low) {

@@ -149,8 +149,7 @@ const char *lr_bpe_token(const struct lr_bpe *bpe, int32_t id, size_t *n)
     return bpe->tokens[id].bytes;
 }
 
-enum lr_status
-lr_bpe_add_token(struct lr_bpe *bpe, int32_t id, const char *bytes, size_t n, struct lr_error *err)
+enum lr_status lr_bpe_add_token(struct lr_bpe *bpe, int32_t id, const char *bytes, size_t n, struct lr_error *err)
 {
     if (id < 0 || id >= bpe->n_tokens)
         return lr_fail(err, LR_CORRUPT, "token id %d is outside 0 to %lld", id, (long long)bpe->n_tokens - 1);
@@ -182,8 +181,7 @@ static struct merge *find_merge(const struct lr_bpe *bpe, int32_t left, int32_t 
     }
 }
 
-enum lr_status
-lr_bpe_add_merge(struct lr_bpe *bpe, int32_t left, int32_t right, int32_t result, struct lr_error *err)
+enum lr_status lr_bpe_add_merge(struct lr_bpe *bpe, int32_t left, int32_t right, int32_t result, struct lr_error *err)
 {
     if ((uint64_t)bpe->n_merges >= bpe->merges_mask / 2 + 1)
         return lr_fail(err, LR_FULL, "more merges than announced");

@@ -33,7 +33,8 @@ static enum lr_status
 open_shard(struct lr_checkpoint *checkpoint, const char *tensor, const char *name, struct lr_error *err)
 {
     if (!name || name[0] == '\0' || strchr(name, '/'))
-        return lr_fail(err, LR_CORRUPT, "%s/model.safetensors.index.json: tensor '%.200s' names no file of that directory",
+        return lr_fail(err, LR_CORRUPT,
+                       "%s/model.safetensors.index.json: tensor '%.200s' names no file of that directory",
                        checkpoint->dir, tensor);
     if (find_shard(checkpoint, name) >= 0)
         return LR_OK;
@@ -172,7 +173,8 @@ enum lr_status lr_checkpoint_take(struct lr_checkpoint *checkpoint,
         return lr_fail(err, LR_CORRUPT, "%s: tensor '%s' has shape %s, config.json asks for %s", checkpoint->dir, name,
                        has, wants);
     }
-    struct lr_tensor tensor = {.name = entry->name, .n_dims = n_dims, .data = entry->data, .size_bytes = entry->size_bytes};
+    struct lr_tensor tensor = {
+        .name = entry->name, .n_dims = n_dims, .data = entry->data, .size_bytes = entry->size_bytes};
     memcpy(tensor.shape, shape, (size_t)n_dims * sizeof *shape);
     if (strcmp(entry->dtype, "F32") == 0)
         tensor.dtype = LR_F32;

@@ -18,8 +18,7 @@ struct lr_tensor {
 struct lr_checkpoint;
 
 /* Maps every file and checks every header. */
-LR_MUST_USE enum lr_status
-lr_checkpoint_open(const char *model_dir, struct lr_checkpoint **out, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_checkpoint_open(const char *model_dir, struct lr_checkpoint **out, struct lr_error *err);
 void lr_checkpoint_close(struct lr_checkpoint *checkpoint);
 
 /* The tensor `name`, which must have exactly this shape: LR_NOT_FOUND, LR_CORRUPT with both shapes,

@@ -99,11 +99,8 @@ static enum lr_status compile(struct lr_split *split, const char *pattern, size_
     return LR_OK;
 }
 
-enum lr_status lr_pretokenizer_add(struct lr_pretokenizer *pretokenizer,
-                                   const char *pattern,
-                                   size_t n,
-                                   int matches_only,
-                                   struct lr_error *err)
+enum lr_status lr_pretokenizer_add(
+    struct lr_pretokenizer *pretokenizer, const char *pattern, size_t n, int matches_only, struct lr_error *err)
 {
     if (pretokenizer->n_splits == LR_MAX_SPLITS)
         return lr_fail(err, LR_FULL, "more than %d pre-tokenizers", LR_MAX_SPLITS);

@@ -17,11 +17,8 @@ struct lr_pretokenizer {
 
 /* Adds a split by `pattern` [n bytes of UTF-8]. Matches become words; what lies between them too, unless
  * `matches_only`. LR_CORRUPT where the pattern does not compile, LR_FULL above LR_MAX_SPLITS. */
-LR_MUST_USE enum lr_status lr_pretokenizer_add(struct lr_pretokenizer *pretokenizer,
-                                               const char *pattern,
-                                               size_t n,
-                                               int matches_only,
-                                               struct lr_error *err);
+LR_MUST_USE enum lr_status lr_pretokenizer_add(
+    struct lr_pretokenizer *pretokenizer, const char *pattern, size_t n, int matches_only, struct lr_error *err);
 void lr_pretokenizer_free(struct lr_pretokenizer *pretokenizer);
 
 /* Calls take(context, word, n) for every word of the text (valid UTF-8), in order, until it fails. */

@@ -19,10 +19,9 @@ struct lr_safetensors {
 static const struct {
     const char *name;
     int bits;
-} dtypes[] = {{"BOOL", 8},    {"U8", 8},   {"I8", 8},   {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8},
-              {"I16", 16},    {"U16", 16}, {"F16", 16}, {"BF16", 16},   {"I32", 32},    {"U32", 32},
-              {"F32", 32},    {"F64", 64}, {"I64", 64}, {"U64", 64},    {"F4", 4},      {"F6_E2M3", 6},
-              {"F6_E3M2", 6}, {"C64", 64}};
+} dtypes[] = {{"BOOL", 8}, {"U8", 8},   {"I8", 8},    {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"I16", 16},
+              {"U16", 16}, {"F16", 16}, {"BF16", 16}, {"I32", 32},    {"U32", 32},    {"F32", 32},    {"F64", 64},
+              {"I64", 64}, {"U64", 64}, {"F4", 4},    {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"C64", 64}};
 
 static int dtype_bits(const char *name)
 {
@@ -111,11 +110,8 @@ static int by_name(const void *a, const void *b)
 }
 
 /* The tensors must fill the data from its first to its last byte. */
-static enum lr_status check_layout(const char *path,
-                                   struct lr_safetensors *file,
-                                   const unsigned char *data,
-                                   uint64_t data_bytes,
-                                   struct lr_error *err)
+static enum lr_status check_layout(
+    const char *path, struct lr_safetensors *file, const unsigned char *data, uint64_t data_bytes, struct lr_error *err)
 {
     qsort(file->entries, (size_t)file->n_entries, sizeof *file->entries, by_place);
     uint64_t at = 0;
@@ -123,8 +119,9 @@ static enum lr_status check_layout(const char *path,
         const struct lr_safetensors_entry *entry = &file->entries[i];
         uint64_t begin = (uint64_t)((const unsigned char *)entry->data - data);
         if (begin != at)
-            return lr_fail(err, LR_CORRUPT, "%s: tensor '%.200s' begins at byte %llu and %s byte %llu", path, entry->name,
-                           (unsigned long long)begin, begin < at ? "overlaps another that ends at" : "leaves a hole after",
+            return lr_fail(err, LR_CORRUPT, "%s: tensor '%.200s' begins at byte %llu and %s byte %llu", path,
+                           entry->name, (unsigned long long)begin,
+                           begin < at ? "overlaps another that ends at" : "leaves a hole after",
                            (unsigned long long)at);
         at = begin + entry->size_bytes;
     }
@@ -135,11 +132,8 @@ static enum lr_status check_layout(const char *path,
     return LR_OK;
 }
 
-static enum lr_status read_header(const char *path,
-                                  struct lr_safetensors *file,
-                                  const unsigned char *bytes,
-                                  size_t size_bytes,
-                                  struct lr_error *err)
+static enum lr_status read_header(
+    const char *path, struct lr_safetensors *file, const unsigned char *bytes, size_t size_bytes, struct lr_error *err)
 {
     uint64_t length = 0;
     if (size_bytes < 8)
@@ -157,7 +151,8 @@ static enum lr_status read_header(const char *path,
     json_error_t why;
     file->header = json_loadb((const char *)bytes + 8, (size_t)length, JSON_REJECT_DUPLICATES, &why);
     if (!json_is_object(file->header))
-        return lr_fail(err, LR_CORRUPT, "%s: the header is not valid JSON: %s at byte %d", path, why.text, why.position);
+        return lr_fail(err, LR_CORRUPT, "%s: the header is not valid JSON: %s at byte %d", path, why.text,
+                       why.position);
 
     const unsigned char *data = bytes + 8 + length;
     uint64_t data_bytes = size_bytes - 8 - length;
@@ -177,11 +172,8 @@ static enum lr_status read_header(const char *path,
     return check_layout(path, file, data, data_bytes, err);
 }
 
-enum lr_status lr_safetensors_parse(const unsigned char *data,
-                                    size_t size_bytes,
-                                    const char *path,
-                                    struct lr_safetensors **out,
-                                    struct lr_error *err)
+enum lr_status lr_safetensors_parse(
+    const unsigned char *data, size_t size_bytes, const char *path, struct lr_safetensors **out, struct lr_error *err)
 {
     struct lr_safetensors *file = calloc(1, sizeof *file);
     if (!file)

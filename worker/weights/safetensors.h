@@ -28,15 +28,11 @@ struct lr_safetensors_entry {
 struct lr_safetensors;
 
 /* Maps `path` and checks it. Errors name the path and, where it is one tensor's fault, the tensor. */
-LR_MUST_USE enum lr_status
-lr_safetensors_open(const char *path, struct lr_safetensors **out, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_safetensors_open(const char *path, struct lr_safetensors **out, struct lr_error *err);
 
 /* The same over bytes that stay the caller's and must outlive the result; `path` is for messages. */
-LR_MUST_USE enum lr_status lr_safetensors_parse(const unsigned char *data,
-                                                size_t size_bytes,
-                                                const char *path,
-                                                struct lr_safetensors **out,
-                                                struct lr_error *err);
+LR_MUST_USE enum lr_status lr_safetensors_parse(
+    const unsigned char *data, size_t size_bytes, const char *path, struct lr_safetensors **out, struct lr_error *err);
 void lr_safetensors_close(struct lr_safetensors *file);
 
 /* NULL where there is no such tensor. */

@@ -15,15 +15,11 @@ struct lr_tokenizer;
 enum { LR_TOKENIZE_PARSE_SPECIAL = 1 }; /* "<|endoftext|>" in the text becomes that token */
 
 /* Reads model_dir/tokenizer.json. LR_UNSUPPORTED names a part that we do not have. */
-LR_MUST_USE enum lr_status
-lr_tokenizer_load(const char *model_dir, struct lr_tokenizer **out, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_tokenizer_load(const char *model_dir, struct lr_tokenizer **out, struct lr_error *err);
 
 /* The same over the text of a tokenizer.json; `path` is for messages. */
-LR_MUST_USE enum lr_status lr_tokenizer_parse(const char *json,
-                                              size_t json_bytes,
-                                              const char *path,
-                                              struct lr_tokenizer **out,
-                                              struct lr_error *err);
+LR_MUST_USE enum lr_status lr_tokenizer_parse(
+    const char *json, size_t json_bytes, const char *path, struct lr_tokenizer **out, struct lr_error *err);
 void lr_tokenizer_free(struct lr_tokenizer *tokenizer);
 
 /* One more than the highest id. */

@@ -33,12 +33,8 @@ struct lr_tokenizer {
 };
 
 /* Text in a normal form; the caller frees it. */
-LR_MUST_USE enum lr_status lr_normalize(enum lr_normal_form form,
-                                        const char *text,
-                                        size_t n,
-                                        char **out,
-                                        size_t *n_out,
-                                        struct lr_error *err);
+LR_MUST_USE enum lr_status
+lr_normalize(enum lr_normal_form form, const char *text, size_t n, char **out, size_t *n_out, struct lr_error *err);
 
 void lr_added_set_sort(struct lr_added_set *set);
 

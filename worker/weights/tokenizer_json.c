@@ -29,7 +29,8 @@ static const char *type_of(json_t *object)
 static int is_set(json_t *object, const char *name)
 {
     json_t *value = json_object_get(object, name);
-    return value && !json_is_null(value) && !json_is_false(value) && !(json_is_string(value) && json_string_length(value) == 0);
+    return value && !json_is_null(value) && !json_is_false(value) &&
+           !(json_is_string(value) && json_string_length(value) == 0);
 }
 
 /* ---- the byte alphabet (GPT-2): printable bytes stand for themselves, the others for U+0100 on ---- */
@@ -79,7 +80,8 @@ static enum lr_status check_model(const struct reader *r, json_t *model, struct 
     if (json_object_get(model, "type") && strcmp(type_of(model), "BPE") != 0)
         return lr_fail(err, LR_UNSUPPORTED, "%s: a model of type '%.40s'; longreach reads byte-level BPE", r->path,
                        type_of(model));
-    static const char *const refused[] = {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"};
+    static const char *const refused[] = {"dropout", "continuing_subword_prefix", "end_of_word_suffix",
+                                          "byte_fallback"};
     for (size_t i = 0; i < sizeof refused / sizeof refused[0]; i++)
         if (is_set(model, refused[i]))
             return lr_fail(err, LR_UNSUPPORTED, "%s: a BPE model with %s is not supported", r->path, refused[i]);
@@ -117,7 +119,8 @@ static enum lr_status count_ids(const struct reader *r, json_t *vocab, json_t *a
     return LR_OK;
 }
 
-static enum lr_status read_vocab(const struct reader *r, const struct alphabet *alphabet, json_t *vocab, struct lr_error *err)
+static enum lr_status
+read_vocab(const struct reader *r, const struct alphabet *alphabet, json_t *vocab, struct lr_error *err)
 {
     const char *token;
     json_t *id;
@@ -162,7 +165,8 @@ static int split_merge(json_t *merge, const char **left, size_t *n_left, const c
     return 1;
 }
 
-static enum lr_status read_merge(const struct reader *r, const struct alphabet *alphabet, size_t at, json_t *merge, struct lr_error *err)
+static enum lr_status
+read_merge(const struct reader *r, const struct alphabet *alphabet, size_t at, json_t *merge, struct lr_error *err)
 {
     const char *left, *right;
     size_t n_left, n_right, a, b;
@@ -179,8 +183,8 @@ static enum lr_status read_merge(const struct reader *r, const struct alphabet *
     }
     free(bytes);
     if (ids[0] < 0 || ids[1] < 0 || ids[2] < 0)
-        return lr_fail(err, LR_CORRUPT, "%s: merge %zu, '%.40s' and '%.40s', %s not in the vocabulary", r->path, at, left,
-                       right, ids[0] < 0 || ids[1] < 0 ? "has a side that is" : "has a result that is");
+        return lr_fail(err, LR_CORRUPT, "%s: merge %zu, '%.40s' and '%.40s', %s not in the vocabulary", r->path, at,
+                       left, right, ids[0] < 0 || ids[1] < 0 ? "has a side that is" : "has a result that is");
     return lr_bpe_add_merge(r->tokenizer->bpe, ids[0], ids[1], ids[2], err);
 }
 
@@ -204,7 +208,8 @@ static enum lr_status read_model(const struct reader *r, json_t *model, json_t *
         LR_TRY(read_merge(r, &alphabet, at, merge, err));
     }
     struct lr_error why;
-    enum lr_status status = lr_bpe_finish(r->tokenizer->bpe, json_is_true(json_object_get(model, "ignore_merges")), &why);
+    enum lr_status status =
+        lr_bpe_finish(r->tokenizer->bpe, json_is_true(json_object_get(model, "ignore_merges")), &why);
     return status == LR_OK ? LR_OK : lr_fail(err, status, "%s: %s", r->path, why.message);
 }
 
@@ -234,7 +239,8 @@ static enum lr_status read_normalizer(const struct reader *r, json_t *normalizer
 
 /* ---- pre-tokenizer ---- */
 
-static enum lr_status add_split(const struct reader *r, const char *pattern, size_t n, int matches_only, struct lr_error *err)
+static enum lr_status
+add_split(const struct reader *r, const char *pattern, size_t n, int matches_only, struct lr_error *err)
 {
     struct lr_error why;
     enum lr_status status = lr_pretokenizer_add(&r->tokenizer->words, pattern, n, matches_only, &why);
@@ -242,7 +248,8 @@ static enum lr_status add_split(const struct reader *r, const char *pattern, siz
 }
 
 /* A literal, quoted for the regex: every ASCII character that is no letter or digit gets a backslash. */
-static enum lr_status add_literal(const struct reader *r, const char *text, size_t n, int matches_only, struct lr_error *err)
+static enum lr_status
+add_literal(const struct reader *r, const char *text, size_t n, int matches_only, struct lr_error *err)
 {
     char *quoted = malloc(2 * n + 1);
     size_t at = 0;
@@ -276,11 +283,13 @@ static enum lr_status read_split(const struct reader *r, json_t *split, struct l
     return lr_fail(err, LR_CORRUPT, "%s: a Split without a pattern", r->path);
 }
 
-static enum lr_status read_pre_tokenizer(const struct reader *r, json_t *step, int depth, int *has_bytes, struct lr_error *err)
+static enum lr_status
+read_pre_tokenizer(const struct reader *r, json_t *step, int depth, int *has_bytes, struct lr_error *err)
 {
     const char *type = type_of(step);
     if (*has_bytes)
-        return lr_fail(err, LR_UNSUPPORTED, "%s: a pre-tokenizer '%.40s' behind ByteLevel is not supported", r->path, type);
+        return lr_fail(err, LR_UNSUPPORTED, "%s: a pre-tokenizer '%.40s' behind ByteLevel is not supported", r->path,
+                       type);
     if (strcmp(type, "Sequence") == 0 && depth == 0) {
         json_t *entry;
         size_t at;
@@ -296,20 +305,22 @@ static enum lr_status read_pre_tokenizer(const struct reader *r, json_t *step, i
         return json_is_true(json_object_get(step, "individual_digits")) ? add_split(r, "\\p{N}", 5, 0, err)
                                                                         : add_split(r, "\\p{N}+", 6, 0, err);
     if (strcmp(type, "ByteLevel") != 0)
-        return lr_fail(err, LR_UNSUPPORTED, "%s: the pre-tokenizer '%.40s' is not one of Sequence, Split, Digits, ByteLevel",
-                       r->path, type);
+        return lr_fail(err, LR_UNSUPPORTED,
+                       "%s: the pre-tokenizer '%.40s' is not one of Sequence, Split, Digits, ByteLevel", r->path, type);
     *has_bytes = 1;
     json_t *space = json_object_get(step, "add_prefix_space"), *regex = json_object_get(step, "use_regex");
     int adds_space = !space || json_is_true(space);
     if (adds_space && r->tokenizer->words.n_splits > 0)
-        return lr_fail(err, LR_UNSUPPORTED, "%s: add_prefix_space behind another pre-tokenizer is not supported", r->path);
+        return lr_fail(err, LR_UNSUPPORTED, "%s: add_prefix_space behind another pre-tokenizer is not supported",
+                       r->path);
     r->tokenizer->words.add_prefix_space = adds_space;
     return !regex || json_is_true(regex) ? add_split(r, gpt2_pattern, sizeof gpt2_pattern - 1, 0, err) : LR_OK;
 }
 
 /* ---- added tokens ---- */
 
-static enum lr_status append_added(const struct reader *r, json_t *entry, struct lr_added_set *set, int64_t capacity, struct lr_error *err)
+static enum lr_status
+append_added(const struct reader *r, json_t *entry, struct lr_added_set *set, int64_t capacity, struct lr_error *err)
 {
     const char *content = json_string_value(json_object_get(entry, "content"));
     struct lr_added_token token = {
@@ -324,8 +335,8 @@ static enum lr_status append_added(const struct reader *r, json_t *entry, struct
         set->tokens = calloc((size_t)capacity, sizeof *set->tokens);
     if (!set->tokens)
         return lr_fail(err, LR_NO_MEMORY, "%s: no memory for %lld added tokens", r->path, (long long)capacity);
-    LR_TRY(lr_normalize(token.normalized ? r->tokenizer->form : LR_NORMAL_NONE, content, strlen(content), &token.content,
-                        &token.n_bytes, err));
+    LR_TRY(lr_normalize(token.normalized ? r->tokenizer->form : LR_NORMAL_NONE, content, strlen(content),
+                        &token.content, &token.n_bytes, err));
     if (token.n_bytes == 0) {
         free(token.content);
         return LR_OK;
@@ -369,8 +380,8 @@ static enum lr_status read_all(const struct reader *r, json_t *root, struct lr_e
     if (words && !json_is_null(words))
         LR_TRY(read_pre_tokenizer(r, words, 0, &has_bytes, err));
     if (!has_bytes)
-        return lr_fail(err, LR_UNSUPPORTED, "%s: longreach reads byte-level BPE, and there is no ByteLevel pre-tokenizer",
-                       r->path);
+        return lr_fail(err, LR_UNSUPPORTED,
+                       "%s: longreach reads byte-level BPE, and there is no ByteLevel pre-tokenizer", r->path);
     return read_added(r, added, err);
 }
 
@@ -382,8 +393,8 @@ enum lr_status lr_tokenizer_parse(
     if (!root)
         return lr_fail(err, LR_CORRUPT, "%s is not valid JSON: %s in line %d", path, why.text, why.line);
     struct reader r = {path, calloc(1, sizeof(struct lr_tokenizer))};
-    enum lr_status status = r.tokenizer ? read_all(&r, root, err)
-                                        : lr_fail(err, LR_NO_MEMORY, "%s: no memory for a tokenizer", path);
+    enum lr_status status =
+        r.tokenizer ? read_all(&r, root, err) : lr_fail(err, LR_NO_MEMORY, "%s: no memory for a tokenizer", path);
     json_decref(root);
     if (status == LR_OK)
         *out = r.tokenizer;
