@@ -15,6 +15,19 @@ const char *lr_status_text(enum lr_status status)
     return texts[status];
 }
 
+/* A name out of a hostile file may hold line ends and a terminal's escape sequences (C0, DEL, and C1 as UTF-8). */
+static void make_printable(char *text)
+{
+    for (unsigned char *c = (unsigned char *)text; *c; c++) {
+        if (*c == '\n' || *c == '\r' || *c == '\t')
+            *c = ' ';
+        else if (*c < 0x20 || *c == 0x7f)
+            *c = '?';
+        else if (*c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0)
+            c[0] = c[1] = '?';
+    }
+}
+
 enum lr_status lr_fail(struct lr_error *err, enum lr_status status, const char *format, ...)
 {
     if (!err)
@@ -25,9 +38,7 @@ enum lr_status lr_fail(struct lr_error *err, enum lr_status status, const char *
     va_end(args);
     if (needed >= (int)sizeof err->message)
         memcpy(err->message + sizeof err->message - 4, "...", 4);
-    for (char *c = err->message; *c; c++)
-        if (*c == '\n' || *c == '\r')
-            *c = ' ';
+    make_printable(err->message);
     err->status = status;
     return status;
 }

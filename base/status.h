@@ -35,7 +35,7 @@ enum lr_status {
 
 struct lr_error {
     enum lr_status status;
-    char message[LR_ERROR_TEXT_BYTES]; /* one sentence, NUL-terminated, no newline */
+    char message[LR_ERROR_TEXT_BYTES]; /* one sentence, NUL-terminated, without control characters */
 };
 
 #define LR_MUST_USE __attribute__((warn_unused_result))
@@ -45,7 +45,7 @@ const char *lr_status_text(enum lr_status status);
 
 /* Fills `err` (may be NULL) with a printf-style sentence and returns `status`, so that deciding
  * reads `return lr_fail(err, LR_INVALID, "...", ...)`. A message that is too long is cut and ends
- * in "...". */
+ * in "..."; control characters become spaces or question marks. */
 enum lr_status lr_fail(struct lr_error *err, enum lr_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 

@@ -30,6 +30,16 @@ static void test_fail_cuts_long_sentence(void **state)
     assert_string_equal(err.message + LR_ERROR_TEXT_BYTES - 4, "...");
 }
 
+static void test_fail_hides_control_characters(void **state)
+{
+    (void)state;
+    struct lr_error err = {0};
+    lr_fail(&err, LR_CORRUPT, "%s",
+            "a\nb\tc\x1b[31md\x7f\xc2\x9b"
+            "e\xc3\xa9");
+    assert_string_equal(err.message, "a b c?[31md???e\xc3\xa9");
+}
+
 static void test_every_status_has_text(void **state)
 {
     (void)state;
@@ -41,9 +51,8 @@ static void test_every_status_has_text(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_fail_fills_sentence),
-        cmocka_unit_test(test_fail_without_error_keeps_status),
-        cmocka_unit_test(test_fail_cuts_long_sentence),
+        cmocka_unit_test(test_fail_fills_sentence),     cmocka_unit_test(test_fail_without_error_keeps_status),
+        cmocka_unit_test(test_fail_cuts_long_sentence), cmocka_unit_test(test_fail_hides_control_characters),
         cmocka_unit_test(test_every_status_has_text),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
