@@ -1,10 +1,15 @@
 /* The table of operations that every backend fills: `cpu` (float32 activations) and `cuda` (bf16
- * activations).
+ * activations). The residual stream, recurrent states, softmax states, gates and logits are float32 on both.
+ *
+ * Two kinds of memory. Tensors lie in the backend's memory (the GPU's for `cuda`) and are only touched through the
+ * table. What is marked "host" is an ordinary array of the caller's: lists, positions, pointers to blocks; a backend
+ * that needs it elsewhere takes its copy before the slot returns, so the caller may reuse it at once. The argument
+ * structs are host memory too.
  *
  * Contract of every slot, unless it says otherwise:
  *   - it owns nothing and allocates nothing: buffers, workspace and stream come with the arguments;
- *   - it cannot fail: arguments were checked when the model was planned; it neither prints nor
- * synchronises (CUDA);
+ *   - it does not fail: arguments were checked when the model was planned; it neither prints nor blocks (CUDA: work is
+ *     ordered by exec->stream; an error of the device shows at the next memory.download or memory.wait);
  *   - a row's result does not depend on the other rows, on the number of rows or of threads
  * (batch-invariant);
  *   - rows are tokens, row-major; strides are in elements; sizes and offsets are 64-bit.
@@ -52,12 +57,12 @@ typedef void lr_act;
 
 enum lr_activation { LR_ACT_NONE, LR_ACT_SILU, LR_ACT_GELU, LR_ACT_GELU_TANH, LR_ACT_RELU };
 
-/* What a launch runs on. CPU: pool and scratch. CUDA: stream and workspace (device memory). */
+/* What a launch runs on. CPU: pool. CUDA: stream, and what the backend keeps beside it (library handles, the ring
+ * through which host arrays go to the device): see kernels/cuda/cuda.h. */
 struct lr_exec {
     struct lr_pool *pool;
     void *stream;
-    void *workspace;
-    size_t workspace_bytes;
+    void *backend;
 };
 
 /* ---- dense layers
@@ -75,7 +80,8 @@ struct lr_weight {
     size_t size_bytes;
 };
 
-/* y[t, j] = act(sum_k a[t, k] W[j, k] + bias[j]) (+ y_old[t, j] where `accumulate`). */
+/* y[t, j] = act(sum_k a[t, k] W[j, k] + bias[j]) (+ y_old[t, j] where `accumulate`). y is of the backend's activation
+ * type, or float32 where `wide`: the residual stream, router and head logits. */
 struct lr_gemm_args {
     const lr_act *a; /* [n_rows, k], row stride a_stride */
     int64_t a_stride;
@@ -86,16 +92,19 @@ struct lr_gemm_args {
     int64_t n_rows;
     enum lr_activation activation;
     int accumulate; /* adds the finished product to y: the residual */
+    int wide;       /* y is float32 on every backend */
 };
 
-/* For each expert e: rows [offsets[e], offsets[e+1]) of x go through  y = down_e (act(gate_e x) *
+/* For each expert e: rows [offsets[e] - offsets[0], offsets[e+1] - offsets[0]) of x go through  y = down_e (act(gate_e x) *
  * (up_e x)). A dense SwiGLU layer is the case of one expert. */
 struct lr_experts_args {
     const lr_act *x;        /* [n_rows, d] contiguous, sorted by expert */
     lr_act *y;              /* [n_rows, d] contiguous, overwritten */
     lr_act *hidden;         /* scratch [n_rows, ffn] */
-    const int64_t *offsets; /* [n_experts + 1], ascending, host memory */
+    const int64_t *offsets; /* [n_experts + 1], ascending; NULL where n_experts is 1: all rows */
     int64_t n_experts;
+    int64_t n_rows; /* offsets[n_experts] - offsets[0], or more: a bound that the host knows */
+    /* The weights of a layer's experts lie at equal distances: gate[e].data = gate[0].data + e * stride, and so on. */
     const struct lr_weight *gate; /* [n_experts], each [ffn, d] */
     const struct lr_weight *up;   /* [n_experts], each [ffn, d] */
     const struct lr_weight *down; /* [n_experts], each [d, ffn] */
@@ -105,9 +114,9 @@ struct lr_experts_args {
 /* ---- norms, rotary, small fused steps
  * ----------------------------------------------------------------------------- */
 
-/* y = x * rsqrt(mean(x^2) + eps) * (1 + w)  if plus_one,  else * w.  Rows of n_cols. y may be x. */
+/* y = x * rsqrt(mean(x^2) + eps) * (1 + w)  if plus_one,  else * w.  Rows of n_cols. On the CPU y may be x. */
 struct lr_rmsnorm_args {
-    const lr_act *x; /* [n_rows, n_cols], row stride x_stride; a row may be one head of a token */
+    const float *x; /* [n_rows, n_cols], row stride x_stride: the residual stream */
     int64_t x_stride;
     const float *w; /* [n_cols] */
     lr_act *y;
@@ -146,7 +155,7 @@ struct lr_norm_rope_args {
     int64_t head_dim;
     int64_t rotary_dim;
     const float *w;   /* [head_dim] */
-    const float *cos; /* [n_rows, rotary_dim / 2], made in float64 by lr_rope_table */
+    const float *cos; /* [n_rows, rotary_dim / 2], made by rope_table */
     const float *sin;
     float eps;
 };
@@ -158,6 +167,21 @@ struct lr_conv_args {
     int64_t x_stride;
     const float *w;     /* [n_channels, n_taps], the last tap is the current token */
     const lr_act *tail; /* [n_taps - 1, n_channels] contiguous: the inputs just before row 0 */
+    lr_act *y;
+    int64_t y_stride;
+    int64_t n_rows;
+    int64_t n_channels;
+    int64_t n_taps;
+    enum lr_activation activation;
+};
+
+/* One more token of each of n_rows independent sequences (forks): the convolution over the sequence's tail and its new
+ * row, then the tail moves on by one row. The same bits as `conv` over the whole sequence. */
+struct lr_conv_step_args {
+    const lr_act *x;      /* [n_rows, n_channels], row stride x_stride */
+    int64_t x_stride;
+    const float *w;       /* [n_channels, n_taps] */
+    lr_act *const *tails; /* host [n_rows]: each [n_taps - 1, n_channels], all different, updated in place */
     lr_act *y;
     int64_t y_stride;
     int64_t n_rows;
@@ -248,7 +272,7 @@ struct lr_delta_step_args {
     const lr_act *q, *k, *v;
     int64_t qkv_stride;
     const float *g, *beta; /* [n_rows, n_v_heads] */
-    float *const *states;  /* [n_rows] pointers to S [n_v_heads, dk, dv], updated in place; all different */
+    float *const *states;  /* host [n_rows]: S [n_v_heads, dk, dv] each, updated in place; all different */
     lr_act *o;             /* [n_rows, n_v_heads * dv], row stride o_stride */
     int64_t o_stride;
     int64_t n_rows;
@@ -279,7 +303,7 @@ struct lr_kv_ref {
 };
 
 struct lr_kv_list {
-    const struct lr_kv_ref *refs; /* ascending positions */
+    const struct lr_kv_ref *refs; /* host; ascending positions */
     int64_t n_refs;
 };
 
@@ -292,7 +316,20 @@ struct lr_kv_store_args {
     int64_t v_stride;
     int64_t n_rows;
     int64_t position;    /* absolute, of row 0 */
-    void *const *blocks; /* blocks[i] is block position / 128 + i */
+    void *const *blocks; /* host; blocks[i] is block position / 128 + i */
+};
+
+/* The same for rows that do not follow one another: row r is at positions[r], in the block blocks[r]; a NULL block
+ * skips the row (it belongs to another worker). */
+struct lr_kv_store_rows_args {
+    struct lr_kv_shape shape;
+    const lr_act *k;
+    int64_t k_stride;
+    const lr_act *v;
+    int64_t v_stride;
+    int64_t n_rows;
+    const int64_t *positions; /* host [n_rows] */
+    void *const *blocks;      /* host [n_rows] */
 };
 
 /* Online softmax: folds the keys of the listed blocks, in ascending order, into the running (m, l,
@@ -300,32 +337,55 @@ struct lr_kv_store_args {
  * max_j s_j) per block; p_j = exp(s_j - m');  l = l * exp(m - m') + sum_j p_j (16 lanes by key
  * position);  o = o * exp(m - m') + sum_j p_j v_j. Key j is visible to the query at position i
  * where j <= i and (window == 0 or i - j < window or j < sinks or its block is `whole`). A row that
- * sees nothing keeps m = -inf, l = 0, o = 0. */
+ * sees nothing keeps m = -inf, l = 0, o = 0. m is in the backend's own units (CPU: as above; CUDA: m * log2 e).
+ * `first`: the state is taken to be empty instead of read. `y`: the result o / l (0 where l = 0) is written, and what is
+ * left in m, l, o is then undefined. */
 struct lr_attention_args {
     struct lr_kv_shape shape;
     const lr_act *q; /* [n_rows, n_heads, head_dim], row stride q_stride, head stride q_head_stride */
     int64_t q_stride;
     int64_t q_head_stride;
     int64_t n_rows;
-    const int64_t *positions; /* [n_rows] absolute; ascending where `lists` has more than one entry */
+    const int64_t *positions; /* host [n_rows] absolute and consecutive */
     float scale;
     int64_t window; /* 0: no window, everything before i is visible */
     int64_t sinks;
-    const struct lr_kv_list *lists; /* one list for all; or [query block][n_kv_heads] where n_lists > 1: */
+    const struct lr_kv_list *lists; /* host; one list for all; or [query block][n_kv_heads] where n_lists > 1: */
     int64_t n_lists;                /*   row r reads list (positions[r] / 128 - positions[0] / 128, its KV head) */
-    float *m;                       /* [n_rows, n_heads]; -inf before the first fold */
-    float *l;                       /* [n_rows, n_heads]; 0 */
-    float *o;                       /* [n_rows, n_heads, head_dim]; 0 */
+    int first;                      /* 1: nothing was folded yet */
+    float *m;                       /* [n_rows, n_heads] */
+    float *l;                       /* [n_rows, n_heads] */
+    float *o;                       /* [n_rows, n_heads, head_dim] */
+    lr_act *y;                      /* [n_rows, n_heads * head_dim], row stride y_stride; or NULL: more folds follow */
+    int64_t y_stride;
 };
 
-/* y = o / l (0 where l = 0), into [n_rows, n_heads * head_dim]. */
-struct lr_attention_finish_args {
-    const float *l, *o; /* as above */
-    lr_act *y;
-    int64_t y_stride;
+/* Fresh partials of a few rows (forks) over many ranges of keys. Slot s of row r is the softmax state over the list
+ * that the one item covering (s, r) names, started empty; where no item covers (s, r) it stays empty: m = -inf, l = 0,
+ * o = 0. Every listed key with j <= i is visible. All of m, l, o is written.
+ *
+ *   item: slot s, rows [first_row, first_row + n_rows), one list, or one for each KV head
+ *
+ * A row's partial does not depend on the other rows of its item. */
+struct lr_partial_item {
+    int64_t slot, first_row, n_rows;
+    const struct lr_kv_list *lists; /* host [n_lists] */
+    int64_t n_lists;                /* 1 or n_kv_heads */
+};
+
+struct lr_partials_args {
+    struct lr_kv_shape shape;
+    const lr_act *q; /* [n_rows, n_heads, head_dim], row stride q_stride, head stride q_head_stride */
+    int64_t q_stride;
+    int64_t q_head_stride;
     int64_t n_rows;
-    int64_t n_heads;
-    int64_t head_dim;
+    const int64_t *positions; /* host [n_rows] absolute, in any order */
+    float scale;
+    const struct lr_partial_item *items; /* host */
+    int64_t n_items;
+    int64_t n_slots;
+    float *m, *l; /* [n_slots, n_rows, n_heads]; m in the backend's units */
+    float *o;     /* [n_slots, n_rows, n_heads, head_dim] */
 };
 
 /* Merging partials of different KV ranges so that the order cannot matter: with the global maximum
@@ -351,7 +411,7 @@ struct lr_merge_args {
  * maximum. */
 struct lr_block_summary_args {
     struct lr_kv_shape shape;
-    const struct lr_kv_ref *blocks; /* [n_blocks] */
+    const struct lr_kv_ref *blocks; /* host [n_blocks] */
     int64_t n_blocks;
     float *mean; /* [n_blocks, n_kv_heads, head_dim]; NULL to skip */
     float *min;  /* the same shape; NULL to skip */
@@ -399,7 +459,7 @@ struct lr_page_bounds_args {
  * if `renormalize` (sum in the order of selection: descending p). Written in ascending expert id.
  */
 struct lr_router_args {
-    const lr_act *logits; /* [n_rows, n_experts] contiguous; float32 on every backend */
+    const float *logits; /* [n_rows, n_experts] contiguous */
     int64_t n_rows;
     int64_t n_experts;
     int64_t top_k;
@@ -408,11 +468,22 @@ struct lr_router_args {
     float *weights; /* [n_rows, top_k] */
 };
 
+/* Counting sort of the (token, choice) pairs by expert; within an expert, tokens ascend. */
+struct lr_expert_sort_args {
+    const int32_t *ids; /* [n_rows, top_k] from the router */
+    int64_t n_rows;
+    int64_t top_k;
+    int64_t n_experts;
+    int64_t *offsets; /* [n_experts + 1]: the sorted rows of expert e are [offsets[e], offsets[e + 1]) */
+    int64_t *order;   /* [n_rows * top_k]: the token of each sorted row */
+    int64_t *row_of;  /* [n_rows, top_k]: the sorted row of each (token, choice) */
+};
+
 /* x[t] += sum_k weights[t, k] * y[row_of[t, k]] in ascending k, then + sigmoid(shared_gate[t]) *
  * shared[t]. top_k may be 0. acc = 0; acc = fma(w_k, y_k, acc) ...; acc = fma(sigmoid(gate),
  * shared, acc); x = x + acc */
 struct lr_moe_combine_args {
-    lr_act *x; /* [n_rows, d] contiguous, the residual stream */
+    float *x; /* [n_rows, d] contiguous, the residual stream */
     int64_t n_rows;
     int64_t d;
     int64_t top_k;
@@ -420,38 +491,80 @@ struct lr_moe_combine_args {
     const int64_t *row_of;     /* [n_rows, top_k] rows of y */
     const lr_act *y;           /* [any, d] contiguous */
     const lr_act *shared;      /* [n_rows, d] or NULL */
-    const lr_act *shared_gate; /* [n_rows] logits; NULL: the factor of `shared` is 1 */
+    const float *shared_gate; /* [n_rows] logits; NULL: the factor of `shared` is 1 */
 };
 
 /* ---- the table
  * ----------------------------------------------------------------------------------------------------
  */
 
+/* The backend's memory. The copies are ordered with the kernels of `exec` and may return before they are done, but
+ * for download and wait. */
+struct lr_memory_ops {
+    /* Zeroed memory, 256-byte aligned. Blocks. LR_NO_MEMORY with the numbers where there is not enough. */
+    enum lr_status (*reserve)(size_t size_bytes, void **out, struct lr_error *err);
+    void (*release)(void *base, size_t size_bytes);
+    /* Bytes that could be reserved now. */
+    size_t (*available)(void);
+    /* Backend memory to backend memory; the ranges do not overlap. */
+    void (*copy)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes);
+    /* n_rows rows of row_bytes each; strides in bytes. */
+    void (*copy_rows)(const struct lr_exec *exec,
+                      void *to,
+                      size_t to_stride,
+                      const void *from,
+                      size_t from_stride,
+                      size_t row_bytes,
+                      int64_t n_rows);
+    void (*zero)(const struct lr_exec *exec, void *to, size_t size_bytes);
+    /* Host memory to backend memory; `from` may be reused at once. */
+    void (*upload)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes);
+    /* Backend memory to host memory, after everything launched before. Blocks. Reports what failed since the last
+     * download or wait. */
+    enum lr_status (*download)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes,
+                               struct lr_error *err);
+    enum lr_status (*wait)(const struct lr_exec *exec, struct lr_error *err);
+};
+
 struct lr_kernel_ops {
     const char *name; /* "cpu-v4", "cpu-v3", "cpu-c", "cuda" */
+    enum lr_dtype act_dtype; /* of lr_act: LR_F32 or LR_BF16 */
+    int host_memory;         /* 1: the backend's memory is the host's */
+    struct lr_memory_ops memory;
 
-    /* Bytes of a packed W [n, k]; and packing rows [row, row + n_rows) of a row-major matrix of
-     * `dtype` (its own type is kept) into w->data, which the caller allocated (zeroed, 64-byte
-     * aligned) with weight_bytes. */
+    /* Bytes of a packed W [n, k]; and packing rows [row, row + n_rows) of a row-major host matrix of
+     * w->dtype into w->data, which the caller allocated (zeroed, 64-byte aligned) with weight_bytes. The CPU keeps the
+     * type, CUDA rounds to bf16 [n, k] row-major. Blocks. */
     size_t (*weight_bytes)(int64_t n, int64_t k, enum lr_dtype dtype);
     void (*weight_pack)(struct lr_weight *w, int64_t row, int64_t n_rows, const void *rows);
 
     void (*gemm)(const struct lr_exec *exec, const struct lr_gemm_args *args);
     void (*experts)(const struct lr_exec *exec, const struct lr_experts_args *args);
 
-    /* Rows of an embedding table [vocab, d] of `dtype`, row-major (not packed): y[t] =
-     * table[ids[t]]. */
+    /* Rows of an embedding table [vocab, d] of `dtype`, row-major (not packed; backend memory): y[t] =
+     * table[ids[t]], ids on the host. */
     void (*embed)(const struct lr_exec *exec,
                   const void *table,
                   enum lr_dtype dtype,
                   int64_t d,
                   const int32_t *ids,
                   int64_t n_rows,
-                  lr_act *y);
+                  float *y);
+    /* cos and sin of positions[t] * inv_freq[j], times `factor`, into [n_rows, n_freq]; positions and inv_freq on the
+     * host. Angle, reduction, sine and cosine as in lr_rope_table. */
+    void (*rope_table)(const struct lr_exec *exec,
+                       const int64_t *positions,
+                       int64_t n_rows,
+                       const double *inv_freq,
+                       int64_t n_freq,
+                       double factor,
+                       float *cos_out,
+                       float *sin_out);
     void (*rmsnorm)(const struct lr_exec *exec, const struct lr_rmsnorm_args *args);
     void (*gated_rmsnorm)(const struct lr_exec *exec, const struct lr_gated_rmsnorm_args *args);
     void (*norm_rope)(const struct lr_exec *exec, const struct lr_norm_rope_args *args);
     void (*conv)(const struct lr_exec *exec, const struct lr_conv_args *args);
+    void (*conv_step)(const struct lr_exec *exec, const struct lr_conv_step_args *args);
     void (*l2norm)(const struct lr_exec *exec, const struct lr_l2norm_args *args);
     void (*delta_gates)(const struct lr_exec *exec, const struct lr_delta_gates_args *args);
     void (*sigmoid_gate)(const struct lr_exec *exec, const struct lr_sigmoid_gate_args *args);
@@ -471,8 +584,9 @@ struct lr_kernel_ops {
 
     size_t (*kv_block_bytes)(struct lr_kv_shape shape);
     void (*kv_store)(const struct lr_exec *exec, const struct lr_kv_store_args *args);
+    void (*kv_store_rows)(const struct lr_exec *exec, const struct lr_kv_store_rows_args *args);
     void (*attention)(const struct lr_exec *exec, const struct lr_attention_args *args);
-    void (*attention_finish)(const struct lr_exec *exec, const struct lr_attention_finish_args *args);
+    void (*partials)(const struct lr_exec *exec, const struct lr_partials_args *args);
     void (*merge_bounds)(const struct lr_exec *exec, const struct lr_merge_args *args);
     void (*merge_accumulate)(const struct lr_exec *exec, const struct lr_merge_args *args);
     void (*merge_finish)(const struct lr_exec *exec, const struct lr_merge_args *args);
@@ -481,9 +595,10 @@ struct lr_kernel_ops {
     void (*page_bounds)(const struct lr_exec *exec, const struct lr_page_bounds_args *args);
 
     void (*router)(const struct lr_exec *exec, const struct lr_router_args *args);
-    /* Copies rows: y[i] = x[rows[i]], d elements each. */
+    void (*expert_sort)(const struct lr_exec *exec, const struct lr_expert_sort_args *args);
+    /* Copies rows of row_bytes each, a multiple of the activation's size: y[i] = x[rows[i]]; rows in backend memory. */
     void (*gather_rows)(
-        const struct lr_exec *exec, const lr_act *x, int64_t d, const int64_t *rows, int64_t n_rows, lr_act *y);
+        const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows, int64_t n_rows, void *y);
     void (*moe_combine)(const struct lr_exec *exec, const struct lr_moe_combine_args *args);
 };
 
