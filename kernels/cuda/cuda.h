@@ -1,0 +1,30 @@
+/* The CUDA backend as the engine sees it. Also there in builds without CUDA: open then says so. */
+#ifndef LR_KERNELS_CUDA_CUDA_H
+#define LR_KERNELS_CUDA_CUDA_H
+
+#include "kernels/ops.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Number of usable devices; 0 without a driver or in a build without CUDA. */
+int lr_cuda_device_count(void);
+
+/* Makes `device` the process's device, opens a stream, the ring, the scratch memory and the library handles, and fills
+ * exec->stream and exec->backend. Blocks (a second or two for the driver). LR_UNSUPPORTED in a build without CUDA or on
+ * a device older than sm_90, naming it; LR_NO_MEMORY with the numbers. */
+LR_MUST_USE enum lr_status lr_kernels_cuda_open(int device,
+                                                const struct lr_kernel_ops **out,
+                                                struct lr_exec *exec,
+                                                struct lr_error *err);
+void lr_kernels_cuda_close(struct lr_exec *exec);
+
+/* "NVIDIA H100 80GB HBM3", of the opened device. */
+const char *lr_cuda_device_name(const struct lr_exec *exec);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
