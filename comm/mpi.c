@@ -426,6 +426,7 @@ static const struct lr_comm_ops mpi_ops = {
     .wait = lr_lanes_wait,
     .poll = mpi_poll,
     .check = lr_lanes_check,
+    .give_up = lr_lanes_give_up,
     .describe_loss = mpi_describe_loss,
     .speaks = mpi_speaks,
     .close = mpi_close,

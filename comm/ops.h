@@ -14,7 +14,7 @@
 #ifndef LR_COMM_OPS_H
 #define LR_COMM_OPS_H
 
-#include "comm/comm.h"
+#include "comm/links.h"
 #include <stdbool.h>
 
 #define LR_COMM_KIND_MAP(X)                                                                                            \
@@ -87,6 +87,7 @@ struct lr_comm_ops {
     enum lr_status (*wait)(struct lr_comm *comm, struct lr_comm_step *step, struct lr_error *err);
     void (*poll)(struct lr_comm *comm);
     enum lr_status (*check)(struct lr_comm *comm, struct lr_error *err);
+    void (*give_up)(struct lr_comm *comm); /* see lr_links_abort; may be called again */
 
     /* See comm.h. */
     size_t (*describe_loss)(const struct lr_comm *comm, char *text, size_t text_bytes);
@@ -168,6 +169,25 @@ enum lr_status lr_lanes_pass(struct lr_comm *comm,
                              struct lr_error *err);
 enum lr_status lr_lanes_wait(struct lr_comm *comm, struct lr_comm_step *step, struct lr_error *err);
 enum lr_status lr_lanes_check(struct lr_comm *comm, struct lr_error *err);
+
+void lr_lanes_give_up(struct lr_comm *comm);
+
+/* What the backends of links begin with, and the slots that they share: over the host communicator. */
+struct lr_links {
+    struct lr_comm *host;
+    struct lr_link_memory memory;
+};
+
+/* `links` becomes a communicator of the workers of `host`. */
+void lr_links_set(struct lr_comm *links, const struct lr_comm_ops *ops, struct lr_links *backend);
+
+enum lr_status lr_links_barrier(struct lr_comm *comm, const char *label, struct lr_error *err);
+enum lr_status lr_links_exchange_sizes(
+    struct lr_comm *comm, const char *label, const size_t *send_sizes, size_t *recv_sizes, struct lr_error *err);
+void lr_links_poll(struct lr_comm *comm);
+size_t lr_links_describe_loss(const struct lr_comm *comm, char *text, size_t text_bytes);
+int lr_links_speaks(const struct lr_comm *comm);
+void lr_links_abort_world(struct lr_comm *comm, int exit_code);
 
 const char *lr_comm_kind_text(enum lr_comm_kind kind);
 

@@ -73,6 +73,7 @@ static const struct lr_comm_ops self_ops = {
     .wait = lr_lanes_wait,
     .poll = self_poll,
     .check = lr_lanes_check,
+    .give_up = lr_lanes_give_up,
     .describe_loss = self_describe_loss,
     .speaks = self_speaks,
     .close = self_poll,
