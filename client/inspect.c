@@ -53,7 +53,7 @@ static enum lr_status print_plan(const struct inspect *in, const struct lr_qwen3
         2 * c->num_key_value_heads * c->head_dim * (int64_t)lr_dtype_bytes(dtype) * dims.n_attention_layers;
     printf("state         %s of recurrent state and %s of convolution tails a sequence\n",
            lr_bytes_text((int64_t)(lr_state_floats(&dims) * sizeof(float)) * dims.n_delta_layers),
-           lr_bytes_text((int64_t)(lr_tail_floats(&dims) * sizeof(float)) * dims.n_delta_layers));
+           lr_bytes_text((int64_t)(lr_tail_elements(&dims) * lr_act_bytes(ops)) * dims.n_delta_layers));
     printf("keys, values  %s a token (%s)\n", lr_bytes_text(kv_token), dtype == LR_BF16 ? "bf16" : "float32");
     struct lr_session_options options = {.segment_tokens = in->segment_tokens,
                                          .attention = LR_ATTENTION_SPARSE,

@@ -1,8 +1,10 @@
 #include "worker/engine.h"
 
-#include <stdlib.h>
+#include "comm/links.h"
+#include "kernels/cuda/cuda.h"
+
+#include <stdio.h>
 #include <string.h>
-#include <unistd.h>
 
 /* auto: experts that together take less than this are held by every worker. */
 #define REPLICATE_BELOW_BYTES ((size_t)1 << 30)
@@ -28,24 +30,108 @@ enum lr_status lr_agree(struct lr_comm *comm, enum lr_status mine, struct lr_err
     return lr_fail(err, (enum lr_status)verdict.status, "%s", verdict.message);
 }
 
-/* How many workers share this host, this one included. */
-static enum lr_status count_host_workers(struct lr_comm *comm, int *count, struct lr_error *err)
+/* ---- the device
+ * -------------------------------------------------------------------------------------------------------- */
+
+/* AUTO is CUDA where every worker of the world has a device. Collective. */
+static enum lr_status
+choose_device(const struct lr_engine_options *options, struct lr_comm *comm, enum lr_device *out, struct lr_error *err)
 {
-    enum { HOST_BYTES = 64 };
-    char mine[HOST_BYTES] = {0};
-    gethostname(mine, sizeof mine - 1);
-    char *all = calloc((size_t)comm->size, HOST_BYTES);
-    if (!all)
-        return lr_fail(err, LR_NO_MEMORY, "no memory for %d host names", comm->size);
-    enum lr_status status = lr_comm_all_gather(comm, "host names", mine, HOST_BYTES, all, err);
-    if (status == LR_OK) {
-        *count = 0;
-        for (int r = 0; r < comm->size; r++)
-            *count += memcmp(all + r * HOST_BYTES, mine, HOST_BYTES) == 0;
+    *out = options->device;
+    if (options->device != LR_DEVICE_AUTO)
+        return LR_OK;
+    float missing = lr_cuda_device_count() == 0;
+    LR_TRY(lr_comm_max_f32(comm, "devices", &missing, 1, err));
+    *out = missing > 0.0f ? LR_DEVICE_CPU : LR_DEVICE_CUDA;
+    return LR_OK;
+}
+
+/* What the wait for the device asks now and then: whether a transfer has failed or is late. */
+static enum lr_status check_links(void *context, struct lr_error *err)
+{
+    struct lr_engine *engine = context;
+    return engine->links ? lr_comm_check(engine->links, err) : LR_OK;
+}
+
+static enum lr_status open_backend(const struct lr_engine_options *options,
+                                   enum lr_device device,
+                                   struct lr_engine *engine,
+                                   struct lr_error *err)
+{
+    struct lr_comm *comm = engine->comm;
+    if (device == LR_DEVICE_CPU) {
+        engine->workers_on_device = comm->host_workers > 0 ? comm->host_workers : 1;
+        return lr_kernels_cpu(options->isa, &engine->ops, err);
     }
-    free(all);
+    int n_devices = lr_cuda_device_count(), index = comm->host_index;
+    if (n_devices > 0) {
+        engine->workers_on_device = (comm->host_workers - index % n_devices + n_devices - 1) / n_devices;
+        index %= n_devices;
+    }
+    if (engine->workers_on_device < 1)
+        engine->workers_on_device = 1;
+    LR_TRY(lr_kernels_cuda_open(index, &engine->ops, &engine->exec, err));
+    lr_cuda_set_idle(&engine->exec, check_links, engine);
+    snprintf(engine->device_name, sizeof engine->device_name, "%s", lr_cuda_device_name(&engine->exec));
+    return LR_OK;
+}
+
+/* ---- links: the backend's memory as comm/ sees it ---- */
+
+static void link_copy(void *context, void *to, const void *from, size_t size_bytes)
+{
+    const struct lr_engine *engine = context;
+    engine->ops->memory.copy(&engine->exec, to, from, size_bytes);
+}
+
+static void link_upload(void *context, void *to, const void *from, size_t size_bytes)
+{
+    const struct lr_engine *engine = context;
+    engine->ops->memory.upload(&engine->exec, to, from, size_bytes);
+}
+
+static enum lr_status
+link_download(void *context, void *to, const void *from, size_t size_bytes, struct lr_error *err)
+{
+    const struct lr_engine *engine = context;
+    return engine->ops->memory.download(&engine->exec, to, from, size_bytes, err);
+}
+
+static enum lr_status link_wait(void *context, struct lr_error *err)
+{
+    const struct lr_engine *engine = context;
+    return engine->ops->memory.wait(&engine->exec, err);
+}
+
+/* NCCL where it was asked for or can be had; several workers of one device, and a world of one, go through the host.
+ * Collective. */
+static enum lr_status open_links(const struct lr_engine_options *options, struct lr_engine *engine, struct lr_error *err)
+{
+    struct lr_comm *comm = engine->comm;
+    if (engine->ops->host_memory) {
+        if (options->transport == LR_TRANSPORT_NCCL)
+            return lr_fail(err, LR_INVALID, "--transport nccl needs --device cuda");
+        engine->links = comm;
+        return LR_OK;
+    }
+    struct lr_link_memory memory = {.context = engine,
+                                    .stream = engine->exec.stream,
+                                    .copy = link_copy,
+                                    .upload = link_upload,
+                                    .download = link_download,
+                                    .wait = link_wait};
+    enum lr_status status = LR_UNSUPPORTED;
+    if (options->transport == LR_TRANSPORT_NCCL || (options->transport == LR_TRANSPORT_AUTO && comm->size > 1))
+        status = lr_links_open_nccl(comm, &memory, &engine->device_links, err);
+    if (status == LR_UNSUPPORTED && options->transport != LR_TRANSPORT_NCCL)
+        status = lr_links_open_staged(comm, &memory, &engine->device_links, err);
+    if (status == LR_OK)
+        engine->links = &engine->device_links;
     return status;
 }
+
+/* ---- the model
+ * --------------------------------------------------------------------------------------------------------- */
 
 static enum lr_status
 choose_placement(const struct lr_engine_options *options, struct lr_engine *engine, struct lr_error *err)
@@ -69,17 +155,16 @@ choose_placement(const struct lr_engine_options *options, struct lr_engine *engi
     return LR_OK;
 }
 
-static enum lr_status
-open_local(const struct lr_engine_options *options, struct lr_engine *engine, struct lr_error *err)
+static enum lr_status open_local(const struct lr_engine_options *options,
+                                 enum lr_device device,
+                                 struct lr_engine *engine,
+                                 struct lr_error *err)
 {
-    LR_TRY(lr_kernels_cpu(options->isa, &engine->ops, err));
+    LR_TRY(open_backend(options, device, engine, err));
     LR_TRY(choose_placement(options, engine, err));
     LR_TRY(lr_pool_create(options->n_threads, options->spin_us, &engine->pool, err));
     engine->exec.pool = engine->pool;
-    engine->expert_rows = calloc((size_t)engine->comm->size, sizeof *engine->expert_rows);
-    if (!engine->expert_rows)
-        return lr_fail(err, LR_NO_MEMORY, "no memory for an engine");
-    return lr_model_load(options->model_dir, engine->ops, engine->comm->rank, engine->comm->size,
+    return lr_model_load(options->model_dir, engine->ops, &engine->exec, engine->comm->rank, engine->comm->size,
                          engine->experts_replicated, &engine->model, err);
 }
 
@@ -88,11 +173,14 @@ enum lr_status lr_engine_open(const struct lr_engine_options *options,
                               struct lr_engine *engine,
                               struct lr_error *err)
 {
-    *engine = (struct lr_engine){.comm = comm, .workers_on_host = 1};
-    enum lr_status status = open_local(options, engine, err);
+    *engine = (struct lr_engine){.comm = comm, .workers_on_device = 1};
+    enum lr_device device;
+    enum lr_status status = choose_device(options, comm, &device, err);
+    if (status == LR_OK)
+        status = open_local(options, device, engine, err);
     status = lr_agree(comm, status, err);
     if (status == LR_OK)
-        status = count_host_workers(comm, &engine->workers_on_host, err);
+        status = open_links(options, engine, err);
     if (status != LR_OK)
         lr_engine_close(engine);
     return status;
@@ -100,8 +188,15 @@ enum lr_status lr_engine_open(const struct lr_engine_options *options,
 
 void lr_engine_close(struct lr_engine *engine)
 {
+    lr_links_close(&engine->device_links);
     lr_model_unload(&engine->model);
+    if (engine->exec.backend)
+        lr_kernels_cuda_close(&engine->exec);
     lr_pool_destroy(engine->pool);
-    free(engine->expert_rows);
     *engine = (struct lr_engine){0};
+}
+
+void lr_engine_abort(struct lr_engine *engine)
+{
+    lr_links_abort(&engine->device_links);
 }

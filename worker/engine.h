@@ -11,8 +11,13 @@
 
 enum lr_experts_placement { LR_EXPERTS_AUTO, LR_EXPERTS_SHARDED, LR_EXPERTS_REPLICATED };
 
+enum lr_device { LR_DEVICE_AUTO, LR_DEVICE_CPU, LR_DEVICE_CUDA };
+enum lr_transport { LR_TRANSPORT_AUTO, LR_TRANSPORT_NCCL, LR_TRANSPORT_MPI };
+
 struct lr_engine_options {
     const char *model_dir;
+    enum lr_device device; /* AUTO: CUDA where every worker has a device, else the CPU */
+    enum lr_transport transport; /* of tensors between devices; AUTO: NCCL where it can be had, else staged MPI */
     enum lr_isa isa;
     int n_threads; /* of this worker, >= 1 */
     int spin_us;   /* see lr_pool_create */
@@ -21,15 +26,16 @@ struct lr_engine_options {
 
 struct lr_engine {
     const struct lr_kernel_ops *ops;
-    struct lr_comm *comm;
+    struct lr_comm *comm;  /* host memory: sizes, counts, agreement, token ids */
+    struct lr_comm *links; /* backend memory: every tensor; the same communicator where that is the host's */
+    struct lr_comm device_links;
+    char device_name[96]; /* "" on the CPU */
     struct lr_pool *pool;
     struct lr_exec exec;
     struct lr_model model;
     int experts_replicated;
-    int workers_on_host;  /* this one included */
-    int64_t *expert_rows; /* [size] rows that each worker's experts have computed, kept equal
-                             everywhere on demand */
-    int64_t local_expert_rows;
+    int workers_on_device;     /* that share this one's memory, itself included: a device's, or the host's */
+    int64_t local_expert_rows; /* that this worker's experts have computed */
 };
 
 /* Loads the model. On failure nothing is left allocated; every worker gets a failure if one has it.
@@ -39,6 +45,9 @@ LR_MUST_USE enum lr_status lr_engine_open(const struct lr_engine_options *option
                                           struct lr_engine *engine,
                                           struct lr_error *err);
 void lr_engine_close(struct lr_engine *engine);
+
+/* For the way out after a failure: ends what is in flight on the device, so that closing cannot hang. Not collective. */
+void lr_engine_abort(struct lr_engine *engine);
 
 /* Collective agreement on an error: if any worker brings a status other than LR_OK, all return the
  * lowest rank's failure with its text. `mine` may have failed before; `err` holds its text. */
