@@ -439,51 +439,207 @@ static void test_nothing_visible(void **state)
     free_kv(&kv);
 }
 
-/* ---- finish ---- */
+/* ---- from the first fold to the finished rows ---- */
 
-static void run_finish(const struct lr_kernel_ops *ops,
-                       const struct lr_exec *exec,
-                       const void *context,
-                       int64_t first,
-                       int64_t n,
-                       char *out)
+/* out: y [rows, stride], then m, l, o, whose contents before are not read. */
+static void run_finished(const struct lr_kernel_ops *ops,
+                         const struct lr_exec *exec,
+                         const void *context,
+                         int64_t first,
+                         int64_t n,
+                         char *out)
 {
-    struct lr_attention_finish_args args = *(const struct lr_attention_finish_args *)context;
-    args.l += first * args.n_heads;
-    args.o += first * args.n_heads * args.head_dim;
+    struct lr_attention_args args = *(const struct lr_attention_args *)context;
+    int64_t heads = args.shape.n_heads;
+    args.q = (const float *)args.q + first * args.q_stride;
+    args.positions += first;
     args.y = (float *)out + first * args.y_stride;
+    float *state = take((size_t)(n * heads * (args.shape.head_dim + 2) + 1) * sizeof *state);
+    memset(state, 0xff, (size_t)(n * heads * (args.shape.head_dim + 2)) * sizeof *state);
+    args.m = state;
+    args.l = state + n * heads;
+    args.o = state + 2 * n * heads;
     args.n_rows = n;
-    ops->attention_finish(exec, &args);
+    if (n > 0)
+        ops->attention(exec, &args);
+    free(state);
 }
 
-static void test_finish(void **state)
+static void test_first_and_finish(void **state)
 {
     (void)state;
     static const int64_t rows[] = {1, 13, 97, 200}, dims[] = {1, 16, 24, 40};
     uint64_t seed = 800;
     for (int64_t i = 0; i < COUNT(rows); i++)
         for (int64_t j = 0; j < COUNT(dims); j++) {
-            int64_t d = dims[j], heads = 3, width = heads * d, stride = width + 3;
-            float *l = take_floats(rows[i] * heads, 5.0f, &seed), *o = take_floats(rows[i] * width, 5.0f, &seed);
-            float *before = take_floats(rows[i] * stride, 1.0f, &seed);
-            double *truth = take_doubles(rows[i] * width);
-            for (int64_t t = 0; t < rows[i] * heads; t++) {
-                l[t] = next_bits(&seed) % 4 == 0 ? 0.0f : fabsf(l[t]) + 1e-3f;
-                for (int64_t k = 0; k < d; k++)
-                    truth[t * d + k] = l[t] > 0.0f ? (double)o[t * d + k] / (double)l[t] : 0.0;
-            }
-            struct lr_attention_finish_args args = {
-                .l = l, .o = o, .y_stride = stride, .n_rows = rows[i], .n_heads = heads, .head_dim = d};
-            char *out =
-                run_everywhere(run_finish, &args, rows[i], ROWS, before, (size_t)(rows[i] * stride) * sizeof *before);
-            check_gaps(before, out, rows[i], width, stride);
-            check_close((float *)out, stride, truth, rows[i], width, 0x1.00001p-24, 0.0);
-            free(l);
-            free(o);
+            int64_t d = dims[j], heads = 4, width = heads * d, stride = width + 3, n = rows[i];
+            struct lr_kv_shape shape = {heads, 2, d, LR_F32};
+            struct kv kv = take_kv(shape, 300, 1.0f, &seed);
+            float *q = take_floats(n * width, 1.0f, &seed), *before = take_floats(n * stride, 1.0f, &seed);
+            int64_t *positions = take((size_t)n * sizeof *positions);
+            for (int64_t t = 0; t < n; t++)
+                positions[t] = 100 + t;
+            /* the first block is not listed: rows before token 128 see nothing */
+            struct lr_kv_list list = {kv.refs + 1, kv.n_blocks - 1};
+            struct lr_attention_args args = {.shape = shape,
+                                             .q = q,
+                                             .q_stride = width,
+                                             .q_head_stride = d,
+                                             .n_rows = n,
+                                             .positions = positions,
+                                             .scale = 0.5f,
+                                             .lists = &list,
+                                             .n_lists = 1,
+                                             .first = 1,
+                                             .y_stride = stride};
+            double *truth = take_doubles(n * width), *lse = take_doubles(n * heads);
+            lr_ref_attention(&args, truth, lse);
+            char *out = run_everywhere(run_finished, &args, n, ROWS, before, (size_t)(n * stride) * sizeof *before);
+            check_gaps(before, out, n, width, stride);
+            check_close((float *)out, stride, truth, n, width, 1e-6, 3e-6);
+            free(q);
             free(before);
+            free(positions);
             free(truth);
+            free(lse);
             free(out);
+            free_kv(&kv);
         }
+}
+
+/* ---- partials of forks ---- */
+
+enum { PARTIAL_ROWS = 5, PARTIAL_SLOTS = 4 };
+
+static void run_partials(const struct lr_kernel_ops *ops,
+                         const struct lr_exec *exec,
+                         const void *context,
+                         int64_t first,
+                         int64_t n,
+                         char *out)
+{
+    (void)first, (void)n;
+    struct lr_partials_args args = *(const struct lr_partials_args *)context;
+    args.m = (float *)out;
+    args.l = args.m + args.n_slots * args.n_rows * args.shape.n_heads;
+    args.o = args.l + args.n_slots * args.n_rows * args.shape.n_heads;
+    ops->partials(exec, &args);
+}
+
+/* Every item is one attention call of its rows over its list; what no item names is empty, whatever was there. */
+static void test_partials(void **state)
+{
+    (void)state;
+    enum { HEADS = 4, DIM = 24, N = PARTIAL_SLOTS * PARTIAL_ROWS * HEADS };
+    uint64_t seed = 970;
+    struct lr_kv_shape shape = {HEADS, 2, DIM, LR_BF16};
+    struct kv kv = take_kv(shape, 460, 1.0f, &seed);
+    float *q = take_floats(PARTIAL_ROWS * HEADS * DIM, 1.0f, &seed);
+    float *before = take_floats(N * (DIM + 2), 1.0f, &seed);
+    static const int64_t positions[PARTIAL_ROWS] = {459, 200, 301, 302, 130};
+    struct lr_kv_list first = {kv.refs, 2}, second = {kv.refs + 2, 2}, by_head[2] = {{kv.refs + 1, 1}, {kv.refs, 0}};
+    const struct lr_partial_item items[] = {{0, 0, PARTIAL_ROWS, &first, 1},
+                                            {2, 0, PARTIAL_ROWS, &second, 1},
+                                            {3, 2, 2, &first, 1},
+                                            {3, 4, 1, by_head, 2}};
+    struct lr_partials_args args = {.shape = shape,
+                                    .q = q,
+                                    .q_stride = HEADS * DIM,
+                                    .q_head_stride = DIM,
+                                    .n_rows = PARTIAL_ROWS,
+                                    .positions = positions,
+                                    .scale = 0.2f,
+                                    .items = items,
+                                    .n_items = COUNT(items),
+                                    .n_slots = PARTIAL_SLOTS};
+    size_t bytes = N * (DIM + 2) * sizeof *before;
+    char *out = run_everywhere(run_partials, &args, PARTIAL_ROWS, WHOLE, before, bytes);
+    float *m = (float *)out, *l = m + N, *o = l + N;
+    for (int64_t slot = 0; slot < PARTIAL_SLOTS; slot++)
+        for (int64_t row = 0; row < PARTIAL_ROWS; row++) {
+            const struct lr_partial_item *item = NULL;
+            for (int64_t i = 0; i < COUNT(items); i++)
+                if (items[i].slot == slot && row >= items[i].first_row && row < items[i].first_row + items[i].n_rows)
+                    item = &items[i];
+            int64_t at = (slot * PARTIAL_ROWS + row) * HEADS;
+            float want[HEADS * (DIM + 2)];
+            for (int64_t i = 0; i < HEADS * (DIM + 2); i++)
+                want[i] = i < HEADS ? -INFINITY : 0.0f;
+            struct lr_attention_args one = {.shape = shape,
+                                            .q = q + row * HEADS * DIM,
+                                            .q_stride = HEADS * DIM,
+                                            .q_head_stride = DIM,
+                                            .n_rows = 1,
+                                            .positions = &positions[row],
+                                            .scale = 0.2f,
+                                            .lists = item ? item->lists : NULL,
+                                            .n_lists = item ? item->n_lists : 0,
+                                            .m = want,
+                                            .l = want + HEADS,
+                                            .o = want + 2 * HEADS};
+            if (item)
+                machine.tables[0]->attention(&machine.execs[0], &one);
+            assert_memory_equal(m + at, want, HEADS * sizeof *want);
+            assert_memory_equal(l + at, want + HEADS, HEADS * sizeof *want);
+            assert_memory_equal(o + at * DIM, want + 2 * HEADS, HEADS * DIM * sizeof *want);
+        }
+    free(q);
+    free(before);
+    free(out);
+    free_kv(&kv);
+}
+
+/* Rows stored one by one, out of order and with gaps, are the rows stored together. */
+static void test_kv_store_rows(void **state)
+{
+    (void)state;
+    enum { N = 200, SKIPPED = 77 };
+    static const enum lr_dtype dtypes[] = {LR_F32, LR_BF16};
+    uint64_t seed = 990;
+    for (int64_t type = 0; type < COUNT(dtypes); type++) {
+        struct lr_kv_shape shape = {4, 2, 24, dtypes[type]};
+        int64_t width = shape.n_kv_heads * shape.head_dim;
+        size_t block_bytes = machine.tables[0]->kv_block_bytes(shape);
+        float *k = take_floats(N * width, 1.0f, &seed), *v = take_floats(N * width, 1.0f, &seed);
+        char *want = take(2 * block_bytes), *got = take(2 * block_bytes);
+        for (int t = 0; t < machine.n_tables; t++) {
+            memset(want, 0, 2 * block_bytes);
+            memset(got, 0, 2 * block_bytes);
+            void *blocks[2] = {want, want + block_bytes}, *of_row[N];
+            int64_t positions[N];
+            struct lr_kv_store_args all = {.shape = shape, .k_stride = width, .v_stride = width, .blocks = blocks};
+            for (int64_t part = 0; part < 2; part++) { /* all rows but SKIPPED */
+                all.position = part ? SKIPPED + 1 : 0;
+                all.n_rows = part ? N - SKIPPED - 1 : SKIPPED;
+                all.k = k + all.position * width;
+                all.v = v + all.position * width;
+                machine.tables[t]->kv_store(&machine.execs[0], &all);
+            }
+            float *back_k = take(N * (size_t)width * sizeof *k), *back_v = take(N * (size_t)width * sizeof *v);
+            for (int64_t i = 0; i < N; i++) { /* backwards */
+                positions[i] = N - 1 - i;
+                of_row[i] = positions[i] == SKIPPED ? NULL : got + (size_t)(positions[i] / BLOCK) * block_bytes;
+                memcpy(back_k + i * width, k + positions[i] * width, (size_t)width * sizeof *k);
+                memcpy(back_v + i * width, v + positions[i] * width, (size_t)width * sizeof *v);
+            }
+            struct lr_kv_store_rows_args rows = {.shape = shape,
+                                                 .k = back_k,
+                                                 .k_stride = width,
+                                                 .v = back_v,
+                                                 .v_stride = width,
+                                                 .n_rows = N,
+                                                 .positions = positions,
+                                                 .blocks = of_row};
+            machine.tables[t]->kv_store_rows(&machine.execs[1], &rows);
+            assert_memory_equal(want, got, 2 * block_bytes);
+            free(back_k);
+            free(back_v);
+        }
+        free(k);
+        free(v);
+        free(want);
+        free(got);
+    }
 }
 
 /* ---- merge ---- */
@@ -698,7 +854,9 @@ int main(void)
         cmocka_unit_test(test_sharp_scores),
         cmocka_unit_test(test_largest_heads),
         cmocka_unit_test(test_nothing_visible),
-        cmocka_unit_test(test_finish),
+        cmocka_unit_test(test_first_and_finish),
+        cmocka_unit_test(test_partials),
+        cmocka_unit_test(test_kv_store_rows),
         cmocka_unit_test(test_merge),
         cmocka_unit_test(test_merge_of_attention),
     };

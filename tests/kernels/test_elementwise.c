@@ -325,6 +325,68 @@ static void check_conv(int64_t rows, int64_t channels, int64_t taps, enum lr_act
     free(out);
 }
 
+/* Token by token, several sequences side by side: the bytes of the convolution over each of them. */
+static void check_conv_step(int64_t channels, int64_t taps, uint64_t seed)
+{
+    enum { SEQUENCES = 3, TOKENS = 6 };
+    int64_t tail = (taps - 1) * channels, n = TOKENS * channels;
+    float *w = take_floats(channels * taps, 1.0f, &seed), *x = take_floats(SEQUENCES * n, 1.0f, &seed);
+    float *start = take_floats(SEQUENCES * tail, 1.0f, &seed), *want = take_floats(SEQUENCES * n, 1.0f, &seed);
+    float *got = take_floats(n, 1.0f, &seed), *moving = take((size_t)(SEQUENCES * tail + 1) * sizeof *moving);
+    for (int t = 0; t < machine.n_tables; t++) {
+        struct lr_conv_args all = {.x_stride = channels,
+                                   .w = w,
+                                   .y_stride = channels,
+                                   .n_rows = TOKENS,
+                                   .n_channels = channels,
+                                   .n_taps = taps,
+                                   .activation = LR_ACT_SILU};
+        lr_act *tails[SEQUENCES];
+        memcpy(moving, start, (size_t)(SEQUENCES * tail) * sizeof *moving);
+        for (int64_t i = 0; i < SEQUENCES; i++) {
+            all.x = x + i * n;
+            all.tail = start + i * tail;
+            all.y = want + i * n;
+            machine.tables[t]->conv(&machine.execs[0], &all);
+            tails[i] = moving + i * tail;
+        }
+        for (int64_t token = 0; token < TOKENS; token++) {
+            struct lr_conv_step_args step = {.x = x + token * channels,
+                                             .x_stride = n,
+                                             .w = w,
+                                             .tails = tails,
+                                             .y = got,
+                                             .y_stride = channels,
+                                             .n_rows = SEQUENCES,
+                                             .n_channels = channels,
+                                             .n_taps = taps,
+                                             .activation = LR_ACT_SILU};
+            machine.tables[t]->conv_step(&machine.execs[1], &step);
+            for (int64_t i = 0; i < SEQUENCES; i++)
+                assert_memory_equal(got + i * channels, want + i * n + token * channels, (size_t)channels * sizeof *got);
+        }
+        for (int64_t i = 0; i < SEQUENCES && taps > 1; i++) /* the tail holds the last inputs */
+            assert_memory_equal(moving + (i + 1) * tail - channels, x + (i + 1) * n - channels,
+                                (size_t)channels * sizeof *x);
+    }
+    free(w);
+    free(x);
+    free(start);
+    free(want);
+    free(got);
+    free(moving);
+}
+
+static void test_conv_step(void **state)
+{
+    (void)state;
+    static const int64_t channels[] = {1, 16, 24, 200}, taps[] = {1, 2, 4, 7};
+    uint64_t seed = 350;
+    for (int64_t i = 0; i < COUNT(channels); i++)
+        for (int64_t j = 0; j < COUNT(taps); j++)
+            check_conv_step(channels[i], taps[j], seed++);
+}
+
 static void test_conv(void **state)
 {
     (void)state;
@@ -625,6 +687,7 @@ int main(void)
         cmocka_unit_test(test_norm_rope),
         cmocka_unit_test(test_l2norm),
         cmocka_unit_test(test_conv),
+        cmocka_unit_test(test_conv_step),
         cmocka_unit_test(test_delta_gates),
         cmocka_unit_test(test_sigmoid_gate),
         cmocka_unit_test(test_functions_on_a_grid),

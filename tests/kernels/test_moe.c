@@ -130,6 +130,54 @@ static void test_router_of_nonsense(void **state)
     free(want);
 }
 
+/* ---- sorting by expert ---- */
+
+static void check_expert_sort(int64_t n_rows, int64_t top_k, int64_t n_experts, uint64_t seed)
+{
+    int64_t n = n_rows * top_k;
+    int32_t *ids = take((size_t)n * sizeof *ids);
+    for (int64_t t = 0; t < n_rows; t++) /* different experts, some of them never */
+        for (int64_t k = 0; k < top_k; k++)
+            ids[t * top_k + k] = (int32_t)(((int64_t)(next_bits(&seed) % 3) + k * 3) % n_experts);
+    int64_t *offsets = take((size_t)(n_experts + 1) * sizeof *offsets);
+    int64_t *order = take((size_t)n * sizeof *order), *row_of = take((size_t)n * sizeof *row_of);
+    for (int t = 0; t < machine.n_tables; t++) {
+        struct lr_expert_sort_args args = {.ids = ids,
+                                           .n_rows = n_rows,
+                                           .top_k = top_k,
+                                           .n_experts = n_experts,
+                                           .offsets = offsets,
+                                           .order = order,
+                                           .row_of = row_of};
+        memset(row_of, 0xff, (size_t)n * sizeof *row_of);
+        machine.tables[t]->expert_sort(&machine.execs[1], &args);
+        assert_int_equal(offsets[0], 0);
+        assert_int_equal(offsets[n_experts], n);
+        int64_t at = 0;
+        for (int64_t e = 0; e < n_experts; e++) { /* the plain way: tokens in order, expert by expert */
+            assert_int_equal(offsets[e], at);
+            for (int64_t i = 0; i < n; i++)
+                if (ids[i] == e) {
+                    assert_int_equal(order[at], i / top_k);
+                    assert_int_equal(row_of[i], at++);
+                }
+        }
+    }
+    free(ids);
+    free(offsets);
+    free(order);
+    free(row_of);
+}
+
+static void test_expert_sort(void **state)
+{
+    (void)state;
+    check_expert_sort(1, 1, 1, 1);
+    check_expert_sort(1, 3, 9, 2);
+    check_expert_sort(130, 2, 8, 3);
+    check_expert_sort(300, 10, 512, 4);
+}
+
 /* ---- gather ---- */
 
 struct gather_context {
@@ -146,7 +194,7 @@ static void run_gather(const struct lr_kernel_ops *ops,
                        char *out)
 {
     const struct gather_context *c = context;
-    ops->gather_rows(exec, c->x, c->d, c->rows + first, n, (float *)out + first * c->d);
+    ops->gather_rows(exec, c->x, (size_t)c->d * sizeof *c->x, c->rows + first, n, (float *)out + first * c->d);
 }
 
 static void test_gather_rows(void **state)
@@ -184,7 +232,7 @@ static void run_combine(const struct lr_kernel_ops *ops,
     args.weights += first * args.top_k;
     args.row_of += first * args.top_k;
     args.shared = args.shared ? (const float *)args.shared + first * args.d : NULL;
-    args.shared_gate = args.shared_gate ? (const float *)args.shared_gate + first : NULL;
+    args.shared_gate = args.shared_gate ? args.shared_gate + first : NULL;
     args.n_rows = n;
     ops->moe_combine(exec, &args);
 }
@@ -241,6 +289,7 @@ int main(void)
         cmocka_unit_test(test_router),
         cmocka_unit_test(test_router_all_equal),
         cmocka_unit_test(test_router_of_nonsense),
+        cmocka_unit_test(test_expert_sort),
         cmocka_unit_test(test_gather_rows),
         cmocka_unit_test(test_combine),
     };
