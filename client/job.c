@@ -17,6 +17,8 @@ enum lr_status lr_job_open(struct lr_job *job,
     *job = (struct lr_job){.comm = comm, .options = *options};
     double begin = lr_clock_seconds();
     struct lr_engine_options engine = {.model_dir = options->model_dir,
+                                       .device = options->device,
+                                       .transport = options->transport,
                                        .isa = options->isa,
                                        .n_threads = options->n_threads,
                                        .spin_us = options->spin_us,
@@ -103,17 +105,24 @@ static enum lr_status feed(struct lr_job *job, const struct lr_job_document *doc
     return status == LR_OK ? lr_session_seal(job->session, err) : status;
 }
 
+int64_t lr_job_segment_tokens(const struct lr_job *job)
+{
+    return job->options.segment_tokens ? job->options.segment_tokens : lr_default_segment_tokens(job->engine.ops);
+}
+
 static struct lr_session_options session_options(struct lr_job *job, const struct lr_job_document *document)
 {
     lr_job_choose_attention(job, document->n_ids);
+    const struct lr_kernel_ops *ops = job->engine.ops;
+    int bf16 = job->options.kv_dtype == LR_KV_BF16 || (job->options.kv_dtype == LR_KV_AUTO && !ops->host_memory);
     return (struct lr_session_options){
-        .segment_tokens = job->options.segment_tokens ? job->options.segment_tokens : LR_DEFAULT_SEGMENT_TOKENS,
+        .segment_tokens = lr_job_segment_tokens(job),
         .attention = job->attention,
         .window = LR_SPARSE_WINDOW,
         .sinks = LR_SPARSE_SINKS,
         .top_k_blocks = job->attention == LR_ATTENTION_SPARSE ? job->options.top_k_blocks : 0,
         .decode_pages = job->options.decode_pages,
-        .kv_dtype = job->options.kv_dtype,
+        .kv_dtype = bf16 ? LR_BF16 : LR_F32,
         .max_tokens = document->n_ids,
         .max_forks = document->max_forks,
         .max_fork_tokens = document->max_fork_tokens};

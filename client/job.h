@@ -8,6 +8,9 @@
 
 enum lr_attention_choice { LR_CHOOSE_AUTO, LR_CHOOSE_FULL, LR_CHOOSE_SPARSE };
 
+/* auto: what the device keeps best, float32 on the CPU and bf16 on CUDA */
+enum lr_kv_choice { LR_KV_AUTO, LR_KV_F32, LR_KV_BF16 };
+
 /* auto: full attention up to this many document tokens, sparse beyond. */
 enum { LR_AUTO_FULL_TOKENS = 131072 };
 
@@ -15,11 +18,13 @@ struct lr_job_options {
     const char *model_dir;
     int n_threads; /* a worker */
     int spin_us;
+    enum lr_device device;
+    enum lr_transport transport;
     enum lr_isa isa;
     enum lr_experts_placement experts;
     enum lr_attention_choice attention;
-    enum lr_dtype kv_dtype;
-    int64_t segment_tokens; /* 0: the default */
+    enum lr_kv_choice kv_dtype;
+    int64_t segment_tokens; /* 0: the device's default */
     int64_t top_k_blocks, decode_pages;
 };
 
@@ -50,6 +55,9 @@ LR_MUST_USE enum lr_status lr_job_share_ids(struct lr_job *job,
                                             int32_t **shared,
                                             int64_t *n_shared,
                                             struct lr_error *err);
+
+/* Tokens of a segment: what was asked for, or the device's default. */
+int64_t lr_job_segment_tokens(const struct lr_job *job);
 
 /* Fills job->attention for a document of n_tokens. */
 void lr_job_choose_attention(struct lr_job *job, int64_t n_tokens);

@@ -81,7 +81,7 @@ enum lr_status lr_reading_run(struct lr_reading *reading,
                                      .n_positions = reading->n_positions};
     lr_job_choose_attention(job, reading->n_tokens);
     announce(reading, job);
-    int64_t wave_tokens = reading->settings->segment_tokens * job->comm->size;
+    int64_t wave_tokens = lr_job_segment_tokens(job) * job->comm->size;
     char phase[64];
     snprintf(phase, sizeof phase, "wave 1 of %lld", (long long)((reading->n_tokens + wave_tokens - 1) / wave_tokens));
     lr_signals_phase(phase);

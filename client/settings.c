@@ -8,10 +8,11 @@
 static const char *const isa_choices[] = {"auto", "v4", "v3", "c", NULL};
 static const char *const attention_choices[] = {"auto", "full", "sparse", NULL};
 static const char *const experts_choices[] = {"auto", "sharded", "replicated", NULL};
-static const char *const kv_choices[] = {"f32", "bf16", NULL};
+static const char *const kv_choices[] = {"auto", "f32", "bf16", NULL};
+static const char *const device_choices[] = {"auto", "cpu", "cuda", NULL};
+static const char *const transport_choices[] = {"auto", "nccl", "mpi", NULL};
 
 const struct lr_settings lr_settings_default = {
-    .segment_tokens = LR_DEFAULT_SEGMENT_TOKENS,
     .top_p = 1.0,
     .max_new_tokens = 64,
     .timeout_seconds = 120,
@@ -33,6 +34,18 @@ void lr_settings_options(struct lr_settings *s, int generates, struct lr_option 
          .lowest = 1,
          .highest = LR_COMM_MAX_WORKERS,
          .help = "workers that share the document (default 1); under mpirun the world's size is taken"},
+        {.kind = LR_OPTION_CHOICE,
+         .name = "device",
+         .argument = "NAME",
+         .out = &s->device,
+         .choices = device_choices,
+         .help = "auto (cuda where every worker has a GPU), cpu or cuda; workers of a host take its GPUs in turn"},
+        {.kind = LR_OPTION_CHOICE,
+         .name = "transport",
+         .argument = "NAME",
+         .out = &s->transport,
+         .choices = transport_choices,
+         .help = "between GPUs: nccl, mpi (through host memory) or auto: nccl where every worker has a GPU of its own"},
         {.kind = LR_OPTION_INTEGER,
          .name = "threads",
          .argument = "N",
@@ -85,7 +98,7 @@ void lr_settings_options(struct lr_settings *s, int generates, struct lr_option 
          .argument = "TYPE",
          .out = &s->kv_dtype,
          .choices = kv_choices,
-         .help = "f32 or bf16 (half the memory for keys and values)"},
+         .help = "f32, bf16 (half the memory for keys and values) or auto: f32 on the CPU, bf16 on GPUs"},
         {.kind = LR_OPTION_INTEGER,
          .name = "segment-tokens",
          .argument = "N",
@@ -93,7 +106,7 @@ void lr_settings_options(struct lr_settings *s, int generates, struct lr_option 
          .lowest = LR_MIN_SEGMENT_TOKENS,
          .highest = LR_MAX_SEGMENT_TOKENS,
          .help =
-             "tokens of a segment, a power of two (default 4096); a different one gives slightly different numbers"},
+             "tokens of a segment, a power of two (default 4096, on GPUs 65536); another one gives slightly other numbers"},
         {.kind = LR_OPTION_FLAG,
          .name = "parse-special",
          .out = &s->parse_special,
@@ -195,10 +208,12 @@ struct lr_job_options lr_settings_job(const struct lr_settings *s, const struct 
         .model_dir = s->model,
         .n_threads = threads,
         .spin_us = crowded ? 0 : 50,
+        .device = (enum lr_device)s->device,
+        .transport = (enum lr_transport)s->transport,
         .isa = isas[s->isa],
         .experts = placements[s->experts],
         .attention = attentions[s->attention],
-        .kv_dtype = s->kv_dtype == 1 ? LR_BF16 : LR_F32,
+        .kv_dtype = (enum lr_kv_choice)s->kv_dtype,
         .segment_tokens = s->segment_tokens,
         .top_k_blocks = s->top_k_blocks,
         .decode_pages = s->decode_pages,

@@ -20,6 +20,14 @@
 enum lr_attention_mode { LR_ATTENTION_FULL, LR_ATTENTION_SPARSE };
 
 enum { LR_SPARSE_WINDOW = 1024, LR_SPARSE_SINKS = 128, LR_DEFAULT_SEGMENT_TOKENS = 4096 };
+/* A GPU wants more rows at once. */
+enum { LR_DEFAULT_DEVICE_SEGMENT_TOKENS = 65536 };
+
+static inline int64_t lr_default_segment_tokens(const struct lr_kernel_ops *ops)
+{
+    return ops->host_memory ? LR_DEFAULT_SEGMENT_TOKENS : LR_DEFAULT_DEVICE_SEGMENT_TOKENS;
+}
+
 enum { LR_MIN_SEGMENT_TOKENS = 128, LR_MAX_SEGMENT_TOKENS = 65536 };
 
 struct lr_session_options {
