@@ -1,21 +1,22 @@
 #!/bin/sh
 # How a world ends when worker 1 fails: soon, with an exit code and a sentence, and nothing left behind.
-# usage: failing.sh COMM_WORKER WORKERS FAILURE     (FAILURE: see comm_worker.c)
+# usage: failing.sh COMM_WORKER WORKERS FAILURE [OPTION...]     (FAILURE and OPTION: see comm_worker.c)
 set -u
 worker=$1 n_workers=$2 failure=$3
+shift 3
 work=$(mktemp -d) # its name is an argument of every worker: that is how they are found
 trap 'rm -rf "$work"' EXIT
 failures=0
 
 fail()
 {
-    echo "FAILED: $failure with $n_workers workers: $*" >&2
+    echo "FAILED: $failure with $n_workers workers: $1" >&2
     failures=$((failures + 1))
 }
 
 # The wrapper notes the job's number, which names its shared memory; timeout is what a hang runs into.
 timeout -k 5 60 mpirun --allow-run-as-root --oversubscribe --bind-to none -n "$n_workers" \
-    sh -c 'echo "$OMPI_MCA_ess_base_jobid" > "$0/job"; exec "$@"' "$work" "$worker" "$failure" "$work" \
+    sh -c 'echo "$OMPI_MCA_ess_base_jobid" > "$0/job"; exec "$@"' "$work" "$worker" "$@" "$failure" "$work" \
     > "$work/out" 2> "$work/err" < /dev/null
 code=$?
 
