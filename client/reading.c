@@ -51,13 +51,19 @@ static void announce(const struct lr_reading *reading, const struct lr_job *job)
     if (!reading->root || reading->settings->quiet)
         return;
     int automatic = job->options.attention == LR_CHOOSE_AUTO, sparse = job->attention == LR_ATTENTION_SPARSE;
-    fprintf(stderr, "%s tokens, %d worker%s of %d thread%s, %s attention%s, experts %s\n",
-            lr_number_text(reading->n_tokens), job->comm->size, job->comm->size == 1 ? "" : "s", job->options.n_threads,
-            job->options.n_threads == 1 ? "" : "s", sparse ? "sparse" : "full",
+    const struct lr_engine *engine = &job->engine;
+    fprintf(stderr, "%s tokens, %d worker%s", lr_number_text(reading->n_tokens), job->comm->size,
+            job->comm->size == 1 ? "" : "s");
+    if (engine->device_name[0])
+        fprintf(stderr, " on %s%s%s", engine->device_name, job->comm->size > 1 ? " over " : "",
+                job->comm->size > 1 ? lr_comm_transport(engine->links) : "");
+    else
+        fprintf(stderr, " of %d thread%s", job->options.n_threads, job->options.n_threads == 1 ? "" : "s");
+    fprintf(stderr, ", %s attention%s, experts %s\n", sparse ? "sparse" : "full",
             !automatic ? ""
             : sparse   ? " (auto: more than 131,072 tokens)"
                        : " (auto: up to 131,072 tokens)",
-            job->engine.experts_replicated ? "replicated" : "sharded");
+            engine->experts_replicated ? "replicated" : "sharded");
     fflush(stderr);
 }
 
