@@ -223,6 +223,7 @@ static inline void check_same(const char *what, const void *a, const void *b, si
 
 /* ---- running ---- */
 
+/* Looks behind the device arrays and gives all memory back; a case that walks through many shapes calls it after each. */
 static inline void check_end(void)
 {
     for (int i = 0; i < check.n_device; i++) {
