@@ -143,7 +143,7 @@ static __device__ __forceinline__ void produce(const recurrence_params &p, const
     const int n_value_blocks = p.dv / 64;
     const __nv_bfloat16 *inverses = nullptr;
     if (DELTA) {
-        inverses = p.inverses + (slot * CHUNKS_PER_SUB * p.n_v_heads + head) * CHUNK * CHUNK;
+        inverses = p.inverses + (slot * (p.sub_tokens / CHUNK) * p.n_v_heads + head) * CHUNK * CHUNK;
     }
 
     auto issue = [&](int chunk) {
