@@ -7,7 +7,7 @@
  * are LR_RECURRENCE_DECAY; Yang et al. 2024, Gated Delta Networks, is LR_RECURRENCE_DELTA.)
  *
  *   chunks of 64 tokens            inside: triangular products on the tensor cores
- *   sub-segments of LR_RECURRENCE_SUB_TOKENS tokens, counted from the sequence's first row: each gives (M, B)
+ *   sub-segments of lr_recurrence_sub_tokens, counted from the sequence's first row: each gives (M, B)
  *   S_in -> sub-segment -> sub-segment -> ...    S' = M S + B in float32, in order
  *
  * So a result's bits depend on its sequence and position, not on what else the launch holds. Three steps:
@@ -28,12 +28,12 @@ extern "C" {
 
 enum lr_recurrence_rule { LR_RECURRENCE_DECAY, LR_RECURRENCE_DELTA };
 
-enum { LR_RECURRENCE_CHUNK_TOKENS = 64, LR_RECURRENCE_SUB_TOKENS = 2048 };
+enum { LR_RECURRENCE_CHUNK_TOKENS = 64, LR_RECURRENCE_MAX_DIM = 256 };
 
 struct lr_recurrence_args {
     enum lr_recurrence_rule rule;
-    struct lr_delta_shape shape; /* dk and dv: 64 or 128 each, equal */
-    const lr_act *q;             /* [n_rows, n_k_heads * dk], row stride q_stride; rows 16-byte aligned */
+    struct lr_delta_shape shape; /* dk and dv up to LR_RECURRENCE_MAX_DIM; fast where both are 64 or both 128 */
+    const lr_act *q;             /* [n_rows, n_k_heads * dk], row stride q_stride; fast where rows are 16-byte aligned */
     const lr_act *k;
     const lr_act *v; /* [n_rows, n_v_heads * dv] */
     int64_t q_stride, k_stride, v_stride;
@@ -46,6 +46,9 @@ struct lr_recurrence_args {
     void *work; /* lr_recurrence_work_bytes, 256-byte aligned device memory: prepare writes it, the other two read it */
 };
 
+/* Tokens of a sub-segment: a function of the head counts and dims alone, so that a result's bits are. */
+int lr_recurrence_sub_tokens(struct lr_delta_shape shape);
+
 /* Bytes of args->work. */
 size_t lr_recurrence_work_bytes(enum lr_recurrence_rule rule, struct lr_delta_shape shape, int64_t n_rows,
                                 int64_t n_sequences);
@@ -56,7 +59,7 @@ int lr_recurrence_prepare(void *stream, const struct lr_recurrence_args *args);
  * [n_sequences, n_v_heads]: S_out = M S_in + B. After prepare. */
 int lr_recurrence_summary(void *stream, const struct lr_recurrence_args *args, float *m, float *b);
 
-/* o [n_rows, n_v_heads * dv], row stride o_stride (rows 16-byte aligned). s_in [n_sequences, n_v_heads, dk, dv] or NULL
+/* o [n_rows, n_v_heads * dv], row stride o_stride. s_in [n_sequences, n_v_heads, dk, dv] or NULL
  * (zero), s_out the same or NULL (not wanted); s_out may be s_in. After prepare. */
 int lr_recurrence_output(void *stream, const struct lr_recurrence_args *args, const float *s_in, lr_act *o,
                          int64_t o_stride, float *s_out);

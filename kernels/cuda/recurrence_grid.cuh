@@ -1,7 +1,9 @@
 /* How the tokens of a launch are cut, and where partial results lie in work. Shared by the recurrence's kernels.
  *
- * Slots: sub-segment j of sequence i has slot offsets[i] / SUB + i + j. Slots of two sequences never collide and need
- * no prefix sum over the sequences; some stay empty. n_slots = n_rows / SUB + n_sequences. */
+ * Slots: sub-segment j of sequence i has slot offsets[i] / sub + i + j, where sub = sub_tokens. Slots of two sequences
+ * never collide and need no prefix sum over the sequences; some stay empty. n_slots = n_rows / sub + n_sequences.
+ *
+ * States of slots lie transposed: a row for each column of S, dk long. So does M: a row for each of its columns. */
 #ifndef LR_KERNELS_CUDA_RECURRENCE_GRID_CUH
 #define LR_KERNELS_CUDA_RECURRENCE_GRID_CUH
 
@@ -12,8 +14,6 @@ namespace lr
 {
 
 constexpr int CHUNK = LR_RECURRENCE_CHUNK_TOKENS;
-constexpr int SUB = LR_RECURRENCE_SUB_TOKENS;
-constexpr int CHUNKS_PER_SUB = SUB / CHUNK;
 constexpr float LOG2_E = 1.4426950408889634f;
 /* A factor exp(g) below 2^-160 is zero in float32; sums of more negative ones would only lose the digits of others. */
 constexpr float LOWEST_LOG2_DECAY = -160.0f;
@@ -25,6 +25,7 @@ struct recurrence_params {
     float scale;
     const int64_t *offsets;
     int64_t n_rows, n_sequences, n_slots;
+    int sub_tokens; /* a multiple of CHUNK */
     int n_v_heads, heads_per_k_head;
     int dk, dv;
     __nv_bfloat16 *inverses; /* [slot, chunk, head, 64, 64]: (I + L)^-1 diag(beta) */
@@ -44,6 +45,7 @@ struct span {
 
 static __device__ __forceinline__ struct span span_of(const recurrence_params &p, int64_t slot)
 {
+    const int64_t sub = p.sub_tokens;
     struct span s;
     int64_t begin = 0;
     int64_t sequence_end = p.n_rows;
@@ -53,7 +55,7 @@ static __device__ __forceinline__ struct span span_of(const recurrence_params &p
         int64_t high = p.n_sequences;
         while (high - low > 1) {
             const int64_t middle = (low + high) / 2;
-            if (p.offsets[middle] / SUB + middle <= slot) {
+            if (p.offsets[middle] / sub + middle <= slot) {
                 low = middle;
             } else {
                 high = middle;
@@ -63,12 +65,26 @@ static __device__ __forceinline__ struct span span_of(const recurrence_params &p
         begin = p.offsets[low];
         sequence_end = p.offsets[low + 1];
     }
-    s.first = begin + (slot - begin / SUB - s.sequence) * SUB;
-    s.end = s.first + SUB < sequence_end ? s.first + SUB : sequence_end;
+    s.first = begin + (slot - begin / sub - s.sequence) * sub;
+    s.end = s.first + sub < sequence_end ? s.first + sub : sequence_end;
     if (s.end < s.first) {
         s.end = s.first;
     }
     return s;
+}
+
+/* The slots of one sequence. */
+struct slot_range {
+    int64_t first;
+    int64_t n;
+};
+
+static __device__ __forceinline__ struct slot_range slots_of(const recurrence_params &p, int64_t sequence)
+{
+    const int64_t sub = p.sub_tokens;
+    const int64_t begin = p.offsets != nullptr ? p.offsets[sequence] : 0;
+    const int64_t end = p.offsets != nullptr ? p.offsets[sequence + 1] : p.n_rows;
+    return {begin / sub + sequence, (end - begin + sub - 1) / sub};
 }
 
 /* log2 of one token's decay. NaN stays NaN. */

@@ -15,6 +15,9 @@ cudaError_t launch_recurrence_inverse(cudaStream_t stream, const recurrence_para
 /* output false: p.m and p.b of every slot;  true: p.o from p.entering. Delta reads p.inverses. */
 cudaError_t launch_recurrence_pass(cudaStream_t stream, const recurrence_params &p, bool delta, bool output);
 
+/* The same without tensor cores, any dk and dv up to 256; needs no inverses. */
+cudaError_t launch_recurrence_plain(cudaStream_t stream, const recurrence_params &p, bool delta, bool output);
+
 /* s_in (NULL: zero) through p.m and p.b of each sequence's slots: p.entering and, unless NULL, s_out. */
 cudaError_t launch_recurrence_scan(cudaStream_t stream, const recurrence_params &p, bool delta, const float *s_in,
                                    float *s_out);

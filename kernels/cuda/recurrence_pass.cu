@@ -26,8 +26,15 @@ namespace lr
 {
 
 constexpr uint32_t BLOCK_BYTES = CHUNK * 128; /* 64 tokens x 64 columns of bf16 */
-constexpr int PRODUCER_REGISTERS = 96;
-constexpr int CONSUMER_REGISTERS = 200;
+
+/* One block a multiprocessor with two row blocks, two with one: registers of the producer and of each consumer thread,
+ * and shared memory. */
+template <int ROW_BLOCKS> struct budget {
+    static constexpr int BLOCKS = ROW_BLOCKS == 1 ? 2 : 1;
+    static constexpr int PRODUCER_REGISTERS = ROW_BLOCKS == 1 ? 80 : 88;
+    static constexpr int CONSUMER_REGISTERS = ROW_BLOCKS == 1 ? 176 : 208;
+    static constexpr int SHARED_BYTES = ROW_BLOCKS == 1 ? 108 * 1024 : 216 * 1024;
+};
 
 /* What a stage of the ring holds, in this order, each part a multiple of BLOCK_BYTES. */
 template <int DK, int ROW_BLOCKS, bool DELTA, bool OUTPUT> struct pass_layout {
@@ -37,7 +44,8 @@ template <int DK, int ROW_BLOCKS, bool DELTA, bool OUTPUT> struct pass_layout {
     static constexpr uint32_t T_OFFSET = V_OFFSET + ROW_BLOCKS * BLOCK_BYTES;
     static constexpr uint32_t STAGE_BYTES = T_OFFSET + (DELTA ? BLOCK_BYTES : 0);
     static constexpr uint32_t P_BYTES = OUTPUT ? 2 * BLOCK_BYTES : 0;
-    static constexpr int N_STAGES = (200 * 1024 - P_BYTES) / STAGE_BYTES < 6 ? (200 * 1024 - P_BYTES) / STAGE_BYTES : 6;
+    static constexpr int MOST_STAGES = (budget<ROW_BLOCKS>::SHARED_BYTES - P_BYTES) / STAGE_BYTES;
+    static constexpr int N_STAGES = MOST_STAGES < 6 ? MOST_STAGES : 6;
 };
 
 /* Per-token factors of a stage's chunk. */
@@ -53,6 +61,16 @@ template <int N_STAGES> struct pass_shared {
     uint64_t full[N_STAGES], empty[N_STAGES];
     uint64_t scores_full[2];
 };
+
+/* Keeps the compiler from moving reads of accumulators before the wait for the products that fill them, and writes
+ * behind the fence that hands them over. No instruction. */
+template <int N> static __device__ __forceinline__ void settle(float (&d)[N])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        asm volatile("" : "+f"(d[i])::"memory");
+    }
+}
 
 /* 64 tokens x 64 columns into a swizzled block, zeros behind the last token. 128 threads. */
 static __device__ __forceinline__ void load_block(uint32_t block, const __nv_bfloat16 *columns, int64_t stride,
@@ -112,6 +130,7 @@ static __device__ __forceinline__ void make_scores(uint8_t *scores, uint32_t q, 
     }
     wgmma_commit();
     wgmma_wait<0>();
+    settle(d);
     const int lane = thread % 32;
     const int t = thread / 32 * 16 + lane / 4;
     const float sum_low = sum[t];
@@ -143,7 +162,7 @@ static __device__ __forceinline__ void produce(const recurrence_params &p, const
     const int n_value_blocks = p.dv / 64;
     const __nv_bfloat16 *inverses = nullptr;
     if (DELTA) {
-        inverses = p.inverses + (slot * CHUNKS_PER_SUB * p.n_v_heads + head) * CHUNK * CHUNK;
+        inverses = p.inverses + (slot * (p.sub_tokens / CHUNK) * p.n_v_heads + head) * CHUNK * CHUNK;
     }
 
     auto issue = [&](int chunk) {
@@ -330,6 +349,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p, const
             } else {
                 wgmma_wait<0>();
             }
+            settle(x);
 #pragma unroll
             for (int kk = 0; kk < 4; kk++) {
 #pragma unroll
@@ -348,6 +368,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p, const
             }
             wgmma_commit();
             wgmma_wait<0>();
+            settle(x);
 #pragma unroll
             for (int kk = 0; kk < 4; kk++) {
 #pragma unroll
@@ -380,7 +401,9 @@ static __device__ __forceinline__ void consume(const recurrence_params &p, const
         for (int j = 0; j < DK / 2; j++) {
             state[j] *= whole;
         }
+        settle(state);
         if constexpr (OUTPUT) {
+            settle(out);
             const float scale = DELTA ? p.scale : 1.0f;
 #pragma unroll
             for (int j = 0; j < 8; j++) {
@@ -390,6 +413,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p, const
                 out[4 * j + 2] *= decay.x * scale;
                 out[4 * j + 3] *= decay.y * scale;
             }
+            settle(out);
             barrier_wait(&sync->scores_full[i % 2], i / 2 % 2);
             const uint64_t p_rows = tile_descriptor(shared_address(scores + i % 2 * BLOCK_BYTES), 0);
             wgmma_fence();
@@ -408,6 +432,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p, const
         wgmma_commit();
         if constexpr (OUTPUT) {
             wgmma_wait<1>();
+            settle(out);
             /* Through the block that V left, where every warp overwrites only what it alone has read. */
 #pragma unroll
             for (int kk = 0; kk < 4; kk++) {
@@ -432,6 +457,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p, const
             }
         }
         wgmma_wait<0>();
+        settle(state);
         barrier_arrive(&sync->empty[s]);
     }
 
@@ -447,7 +473,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p, const
 
 /* Grid (parts of ROW_BLOCKS row blocks, heads, slots); (1 + ROW_BLOCKS) warpgroups. */
 template <int DK, int ROW_BLOCKS, bool DELTA, bool OUTPUT>
-static __global__ void __launch_bounds__(128 * (1 + ROW_BLOCKS), 1) pass_kernel(const recurrence_params p)
+static __global__ void __launch_bounds__(128 * (1 + ROW_BLOCKS), budget<ROW_BLOCKS>::BLOCKS) pass_kernel(const recurrence_params p)
 {
     using layout = pass_layout<DK, ROW_BLOCKS, DELTA, OUTPUT>;
     constexpr int N_STAGES = layout::N_STAGES;
@@ -472,14 +498,10 @@ static __global__ void __launch_bounds__(128 * (1 + ROW_BLOCKS), 1) pass_kernel(
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-        if constexpr (ROW_BLOCKS > 1) {
-            registers_shrink<PRODUCER_REGISTERS>();
-        }
+        registers_shrink<budget<ROW_BLOCKS>::PRODUCER_REGISTERS>();
         produce<DK, ROW_BLOCKS, DELTA, OUTPUT>(p, span, slot, head, first_block, stages, scores, &sync);
     } else {
-        if constexpr (ROW_BLOCKS > 1) {
-            registers_grow<CONSUMER_REGISTERS>();
-        }
+        registers_grow<budget<ROW_BLOCKS>::CONSUMER_REGISTERS>();
         consume<DK, ROW_BLOCKS, DELTA, OUTPUT>(p, span, slot, head, first_block, stages, scores, &sync);
     }
 }
@@ -510,7 +532,7 @@ cudaError_t launch_recurrence_pass(cudaStream_t stream, const recurrence_params 
     if (output) {
         return delta ? launch<64, 1, true, true>(stream, p, 1) : launch<64, 1, false, true>(stream, p, 1);
     }
-    return delta ? launch<64, 2, true, false>(stream, p, 2) : launch<64, 1, false, false>(stream, p, 1);
+    return delta ? launch<64, 1, true, false>(stream, p, 2) : launch<64, 1, false, false>(stream, p, 1);
 }
 
 } // namespace lr
