@@ -4,13 +4,17 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { ARENA_ALIGN = 64, PAGE_BYTES = 4096 };
+enum { ARENA_ALIGN = LR_ARENA_ALIGN_BYTES, PAGE_BYTES = 4096 };
+
+size_t lr_arena_rounded(size_t capacity_bytes)
+{
+    size_t bytes = (capacity_bytes + PAGE_BYTES - 1) & ~(size_t)(PAGE_BYTES - 1);
+    return bytes == 0 ? PAGE_BYTES : bytes;
+}
 
 enum lr_status lr_arena_reserve(struct lr_arena *arena, size_t capacity_bytes, struct lr_error *err)
 {
-    size_t bytes = (capacity_bytes + PAGE_BYTES - 1) & ~(size_t)(PAGE_BYTES - 1);
-    if (bytes == 0)
-        bytes = PAGE_BYTES;
+    size_t bytes = lr_arena_rounded(capacity_bytes);
     void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED)
         return lr_fail(err, LR_NO_MEMORY, "cannot reserve %zu bytes of memory: %s", bytes, strerror(errno));

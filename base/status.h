@@ -10,6 +10,10 @@
 #include <stdarg.h>
 #include <stddef.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define LR_STATUS_MAP(X)                                                                                               \
     X(LR_OK, "ok")                                                                                                     \
     X(LR_INVALID, "invalid input")                                                                                     \
@@ -56,5 +60,9 @@ enum lr_status lr_fail(struct lr_error *err, enum lr_status status, const char *
         if (lr_try_status_ != LR_OK)                                                                                   \
             return lr_try_status_;                                                                                     \
     } while (0)
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

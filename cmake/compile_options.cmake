@@ -12,14 +12,35 @@ option(LR_WERROR "Treat warnings as errors" ON)
 set(LR_SANITIZE "" CACHE STRING "Sanitizers for everything, for example address,undefined or thread")
 
 # Contraction off everywhere: a*b+c is two roundings unless the source says fma. See docs/segments-and-bits.md.
-add_compile_options(-Wall -Wextra -Wshadow -Wconversion -Wvla -ffp-contract=off -fno-math-errno)
-add_compile_definitions(_GNU_SOURCE)
+# These are for C alone; nvcc's are below.
+function(lr_c_options)
+    foreach(option ${ARGN})
+        add_compile_options($<$<COMPILE_LANGUAGE:C>:${option}>)
+    endforeach()
+endfunction()
+lr_c_options(-Wall -Wextra -Wshadow -Wconversion -Wvla -ffp-contract=off -fno-math-errno)
+add_compile_definitions($<$<COMPILE_LANGUAGE:C>:_GNU_SOURCE>)
 if(LR_WERROR)
-    add_compile_options(-Werror)
+    lr_c_options(-Werror)
 endif()
 if(LR_SANITIZE)
-    add_compile_options(-fsanitize=${LR_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+    lr_c_options(-fsanitize=${LR_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
     add_link_options(-fsanitize=${LR_SANITIZE})
+endif()
+
+# CUDA: device code contracts (fma) as the compiler likes; what must not says so with __dmul_rn and friends. Options with
+# commas go to the host compiler.
+if(LR_CUDA)
+    set(CMAKE_CUDA_STANDARD 17)
+    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+    set(CMAKE_CUDA_EXTENSIONS ON)
+    set(lr_cuda_host_warnings -Wall,-Wextra,-Wshadow)
+    if(LR_WERROR)
+        string(APPEND lr_cuda_host_warnings ,-Werror)
+        add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
+    endif()
+    add_compile_options("$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=${lr_cuda_host_warnings}>"
+                        $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>)
 endif()
 
 # One static library per folder; its public headers are included as "folder/file.h".

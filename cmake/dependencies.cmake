@@ -9,6 +9,14 @@ if(BUILD_TESTING)
     pkg_check_modules(CMOCKA REQUIRED IMPORTED_TARGET cmocka)
 endif()
 
-# CUDA is looked for at the place where NVIDIA's packages put it, so that a machine without a GPU can compile too.
-include(CheckLanguage)
+# CUDA needs nvcc and cuBLASLt, not a GPU. nvcc is looked for in the PATH and where NVIDIA's packages put it. The kernels
+# use wgmma, so they are built for sm_90a and nothing else.
 option(LR_CUDA "Build the CUDA backend (kernels/cuda)" OFF)
+if(LR_CUDA)
+    find_program(LR_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin REQUIRED)
+    set(CMAKE_CUDA_COMPILER ${LR_NVCC})
+    set(CMAKE_CUDA_ARCHITECTURES 90a)
+    set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+    enable_language(CUDA)
+    find_package(CUDAToolkit REQUIRED)
+endif()

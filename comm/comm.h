@@ -1,7 +1,9 @@
-/* Collectives between the workers of one world, in host memory.
+/* Collectives between the workers of one world, in host memory; for those in a device's memory see links.h.
  *
- *   lr_comm ---- ops ----> self.c  (one worker, no MPI)
- *                     `--> mpi.c   (the only file that includes mpi.h)
+ *   lr_comm ---- ops ----> self.c    (one worker, no MPI)
+ *                     `--> mpi.c     (the only file that includes mpi.h)
+ *                     `--> staged.c  (a device's memory, through one of those)
+ *                     `--> nccl.c    (a device's memory, the only file that includes nccl.h)
  *
  * Every collective is entered by every worker, in the same order, with 0 bytes where a worker has
  * nothing. Each carries a header (sequence number, kind, sizes, label): a worker that is out of
@@ -23,9 +25,11 @@
 enum { LR_COMM_MAX_WORKERS = 1024, LR_COMM_LABEL_BYTES = 48 };
 
 struct lr_comm_ops;
+struct lr_lane_ops;
 
 struct lr_comm {
     const struct lr_comm_ops *ops;
+    const struct lr_lane_ops *lanes; /* of host memory; NULL elsewhere */
     void *backend;
     int rank;
     int size;
@@ -158,5 +162,14 @@ LR_MUST_USE enum lr_status lr_comm_wait(struct lr_comm *comm, struct lr_comm_req
 
 /* Lets a transfer in flight make progress; cheap, for use between tiles of compute. */
 void lr_comm_poll(struct lr_comm *comm);
+
+/* For whoever waits for the device: what has failed of the transfers that run there, also by their deadline. Cheap,
+ * never blocks unless it is to name a failure; then the transfers have been ended, and so will the wait for the device.
+ * LR_OK where all is well or nothing is in flight. In host memory nothing runs by itself: the earlier failure, or
+ * LR_OK. */
+LR_MUST_USE enum lr_status lr_comm_check(struct lr_comm *comm, struct lr_error *err);
+
+/* What carries the bytes: "self", "mpi", "staged", "nccl". */
+const char *lr_comm_transport(const struct lr_comm *comm);
 
 #endif

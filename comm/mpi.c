@@ -91,9 +91,7 @@ static enum lr_status mpi_begin(struct lr_comm *comm,
             continue;
         flight->used = 1;
         flight->n_rest = flight->n_heads_left = 0;
-        flight->exchange.kind = kind;
-        memset(flight->exchange.label, 0, sizeof flight->exchange.label);
-        snprintf(flight->exchange.label, sizeof flight->exchange.label, "%s", label);
+        lr_comm_step_set(&flight->exchange.step, kind, label);
         memset(flight->exchange.lanes, 0, (size_t)comm->size * sizeof *flight->exchange.lanes);
         *out = &flight->exchange;
         return LR_OK;
@@ -117,7 +115,7 @@ static enum lr_status make_room(struct flight *flight, int n, struct lr_error *e
     if (peers)
         flight->rest_peers = peers;
     if (!rest || !peers)
-        return lr_fail(err, LR_NO_MEMORY, "no memory for the %d messages of '%s'", n, flight->exchange.label);
+        return lr_fail(err, LR_NO_MEMORY, "no memory for the %d messages of '%s'", n, flight->exchange.step.label);
     flight->rest_capacity = n;
     return LR_OK;
 }
@@ -140,7 +138,7 @@ static int post_receive(struct mpi_world *world, struct flight *flight, int peer
     int code = MPI_Irecv(&flight->received[peer], sizeof *flight->received, MPI_BYTE, peer, TAG_HEAD, world->comm,
                          &flight->heads[peer]);
     flight->n_heads_left++;
-    int tag = payload_tag(world, flight->exchange.sequence, lane->recv_bytes);
+    int tag = payload_tag(world, flight->exchange.step.sequence, lane->recv_bytes);
     char *data = lane->received;
     for (size_t done = 0; code == MPI_SUCCESS && pieces_of(lane->recv_bytes) > 0 && done < lane->recv_bytes;
          done += PIECE_BYTES) {
@@ -155,16 +153,16 @@ static int post_send(struct mpi_world *world, struct flight *flight, int peer)
 {
     const struct lr_comm_lane *lane = &flight->exchange.lanes[peer];
     struct message *head = &flight->sent[peer];
-    head->sequence = flight->exchange.sequence;
+    head->sequence = flight->exchange.step.sequence;
     head->size_bytes = lane->send_bytes;
-    head->kind = (uint64_t)flight->exchange.kind;
-    memcpy(head->label, flight->exchange.label, sizeof head->label);
+    head->kind = (uint64_t)flight->exchange.step.kind;
+    memcpy(head->label, flight->exchange.step.label, sizeof head->label);
     size_t inlined = lane->send_bytes <= INLINE_BYTES ? lane->send_bytes : 0;
     if (inlined > 0)
         memcpy(head->payload, lane->send, inlined);
     int code =
         MPI_Isend(head, (int)(HEADER_BYTES + inlined), MPI_BYTE, peer, TAG_HEAD, world->comm, next_rest(flight, peer));
-    int tag = payload_tag(world, flight->exchange.sequence, lane->send_bytes);
+    int tag = payload_tag(world, flight->exchange.step.sequence, lane->send_bytes);
     const char *data = lane->send;
     for (size_t done = 0; code == MPI_SUCCESS && pieces_of(lane->send_bytes) > 0 && done < lane->send_bytes;
          done += PIECE_BYTES) {
@@ -191,13 +189,13 @@ static enum lr_status mpi_launch(struct lr_comm *comm, struct lr_comm_exchange *
         flight->heads[peer] = MPI_REQUEST_NULL;
         int code = exchange->lanes[peer].receives ? post_receive(world, flight, peer) : MPI_SUCCESS;
         if (code != MPI_SUCCESS)
-            return mpi_failed(code, exchange->label, err);
+            return mpi_failed(code, exchange->step.label, err);
     }
     for (int step = 1; step < comm->size; step++) {
         int peer = (comm->rank + step) % comm->size;
         int code = exchange->lanes[peer].sends ? post_send(world, flight, peer) : MPI_SUCCESS;
         if (code != MPI_SUCCESS)
-            return mpi_failed(code, exchange->label, err);
+            return mpi_failed(code, exchange->step.label, err);
     }
     return LR_OK;
 }
@@ -206,8 +204,8 @@ static enum lr_status mpi_launch(struct lr_comm *comm, struct lr_comm_exchange *
 static enum lr_status
 take_head(const struct lr_comm *comm, struct flight *flight, int peer, int received_bytes, struct lr_error *err)
 {
-    const struct lr_comm_exchange *mine = &flight->exchange;
-    const struct lr_comm_lane *lane = &mine->lanes[peer];
+    const struct lr_comm_step *mine = &flight->exchange.step;
+    const struct lr_comm_lane *lane = &flight->exchange.lanes[peer];
     struct message *theirs = &flight->received[peer];
     if (received_bytes < HEADER_BYTES)
         return lr_fail(err, LR_CORRUPT, "worker %d sent %d bytes at '%s', a header has %d", peer, received_bytes,
@@ -237,7 +235,7 @@ static enum lr_status test_heads(const struct lr_comm *comm, struct flight *flig
         MPI_Status status;
         int code = MPI_Test(&flight->heads[r], &done, &status);
         if (code != MPI_SUCCESS)
-            return mpi_failed(code, flight->exchange.label, err);
+            return mpi_failed(code, flight->exchange.step.label, err);
         if (!done)
             continue;
         MPI_Get_count(&status, MPI_BYTE, &received);
@@ -255,7 +253,7 @@ static enum lr_status test_flight(const struct lr_comm *comm, struct flight *fli
     if (flight->n_heads_left > 0)
         return LR_OK;
     int code = MPI_Testall(flight->n_rest, flight->rest, done, MPI_STATUSES_IGNORE);
-    return code == MPI_SUCCESS ? LR_OK : mpi_failed(code, flight->exchange.label, err);
+    return code == MPI_SUCCESS ? LR_OK : mpi_failed(code, flight->exchange.step.label, err);
 }
 
 static enum lr_status timed_out(const struct lr_comm *comm, const struct flight *flight, struct lr_error *err)
@@ -282,7 +280,8 @@ static enum lr_status timed_out(const struct lr_comm *comm, const struct flight 
         snprintf(more, sizeof more, " and %d more", others);
     lr_comm_describe_loss(comm, lost, sizeof lost);
     return lr_fail(err, LR_TIMEOUT, "worker %d waited %.1f s at '%s' without a word from %s%s%s%s", comm->rank,
-                   (double)comm->timeout_ms / 1000.0, flight->exchange.label, who, more, lost[0] ? "; " : "", lost);
+                   (double)comm->timeout_ms / 1000.0, flight->exchange.step.label, who, more, lost[0] ? "; " : "",
+                   lost);
 }
 
 static void rest_a_little(const struct mpi_world *world, int64_t tests)
@@ -408,13 +407,26 @@ static void mpi_close(struct lr_comm *comm)
 
 /* ---- opening ---- */
 
-static const struct lr_comm_ops mpi_ops = {
-    .name = "mpi",
+static const struct lr_lane_ops mpi_lanes = {
     .begin = mpi_begin,
     .launch = mpi_launch,
     .finish = mpi_finish,
-    .poll = mpi_poll,
     .scratch = mpi_scratch,
+};
+
+static const struct lr_comm_ops mpi_ops = {
+    .name = "mpi",
+    .barrier = lr_lanes_barrier,
+    .broadcast = lr_lanes_broadcast,
+    .all_gather = lr_lanes_all_gather,
+    .all_to_all = lr_lanes_all_to_all,
+    .exchange_sizes = lr_lanes_exchange_sizes,
+    .reduce = lr_lanes_reduce,
+    .pass = lr_lanes_pass,
+    .wait = lr_lanes_wait,
+    .poll = mpi_poll,
+    .check = lr_lanes_check,
+    .give_up = lr_lanes_give_up,
     .describe_loss = mpi_describe_loss,
     .speaks = mpi_speaks,
     .close = mpi_close,
@@ -477,7 +489,7 @@ enum lr_status lr_comm_open_mpi(int64_t timeout_ms, struct lr_comm *comm, struct
         return mpi_failed(code, "the start", err);
     }
     MPI_Comm_set_errhandler(world->comm, MPI_ERRORS_RETURN);
-    *comm = (struct lr_comm){.ops = &mpi_ops, .backend = world, .timeout_ms = timeout_ms};
+    *comm = (struct lr_comm){.ops = &mpi_ops, .lanes = &mpi_lanes, .backend = world, .timeout_ms = timeout_ms};
     MPI_Comm_rank(world->comm, &comm->rank);
     MPI_Comm_size(world->comm, &comm->size);
     int has_most_tag = 0, *most_tag = NULL;

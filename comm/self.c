@@ -19,7 +19,7 @@ static enum lr_status self_begin(struct lr_comm *comm,
 static enum lr_status self_launch(struct lr_comm *comm, struct lr_comm_exchange *exchange, struct lr_error *err)
 {
     (void)comm;
-    return lr_fail(err, LR_INTERNAL, "a world of one worker has no exchange: '%s'", exchange->label);
+    return lr_fail(err, LR_INTERNAL, "a world of one worker has no exchange: '%s'", exchange->step.label);
 }
 
 static void self_poll(struct lr_comm *comm)
@@ -54,13 +54,26 @@ static void self_abort(struct lr_comm *comm, int exit_code)
     _exit(exit_code);
 }
 
-static const struct lr_comm_ops self_ops = {
-    .name = "self",
+static const struct lr_lane_ops self_lanes = {
     .begin = self_begin,
     .launch = self_launch,
     .finish = self_launch,
-    .poll = self_poll,
     .scratch = self_scratch,
+};
+
+static const struct lr_comm_ops self_ops = {
+    .name = "self",
+    .barrier = lr_lanes_barrier,
+    .broadcast = lr_lanes_broadcast,
+    .all_gather = lr_lanes_all_gather,
+    .all_to_all = lr_lanes_all_to_all,
+    .exchange_sizes = lr_lanes_exchange_sizes,
+    .reduce = lr_lanes_reduce,
+    .pass = lr_lanes_pass,
+    .wait = lr_lanes_wait,
+    .poll = self_poll,
+    .check = lr_lanes_check,
+    .give_up = lr_lanes_give_up,
     .describe_loss = self_describe_loss,
     .speaks = self_speaks,
     .close = self_poll,
@@ -71,5 +84,6 @@ void lr_comm_open_self(struct lr_comm *comm)
 {
     memset(comm, 0, sizeof *comm);
     comm->ops = &self_ops;
+    comm->lanes = &self_lanes;
     comm->size = comm->host_workers = comm->root_is_here = 1;
 }

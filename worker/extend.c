@@ -28,19 +28,19 @@ enum lr_status lr_session_fork(struct lr_session *session, struct lr_fork **out,
 void lr_fork_rewind(struct lr_fork *fork)
 {
     struct lr_session *session = fork->session;
-    const struct lr_model_dims *dims = &session->engine->model.dims;
+    const struct lr_engine *engine = session->engine;
+    const struct lr_memory_ops *memory = &engine->ops->memory;
+    const struct lr_model_dims *dims = &engine->model.dims;
     size_t layers = (size_t)dims->n_delta_layers;
-    memcpy(fork->states, session->states, layers * lr_state_floats(dims) * sizeof(float));
-    memcpy(fork->tails, session->tails, layers * lr_tail_floats(dims) * sizeof(float));
+    memory->copy(&engine->exec, fork->states, session->states, layers * lr_state_floats(dims) * sizeof(float));
+    memory->copy(&engine->exec, fork->tails, session->tails, layers * lr_tail_elements(dims) * lr_act_bytes(engine->ops));
     fork->position = session->n_tokens;
     if (!fork->kv)
         return;
     size_t layer_bytes = (size_t)session->fork_blocks * session->block_bytes;
-    for (int64_t i = 0; i < dims->n_attention_layers; i++) {
-        memset(fork->kv + (size_t)i * layer_bytes, 0, layer_bytes);
-        memcpy(fork->kv + (size_t)i * layer_bytes, session->edge_blocks + (size_t)i * session->block_bytes,
-               session->block_bytes);
-    }
+    memory->zero(&engine->exec, fork->kv, (size_t)dims->n_attention_layers * layer_bytes);
+    memory->copy_rows(&engine->exec, fork->kv, layer_bytes, session->edge_blocks, session->block_bytes,
+                      session->block_bytes, dims->n_attention_layers);
 }
 
 void lr_fork_release(struct lr_fork *fork)
@@ -102,7 +102,6 @@ struct extension {
     struct lr_session *session;
     struct entry *entries; /* [n] sorted */
     int64_t n;
-    float *last; /* [n, d] residual rows of each entry's last token */
     lr_logits_sink *sink;
     void *sink_context;
 };
@@ -131,13 +130,43 @@ static enum lr_status sink_rows(const struct extension *extension, const struct 
     struct lr_engine *engine = session->engine;
     const struct lr_model_dims *dims = &engine->model.dims;
     enum lr_status status = LR_OK;
-    float *normed = LR_STEP_ARRAY(session, float, dims->d);
-    float *logits = LR_STEP_ARRAY(session, float, dims->vocab);
+    lr_act *normed = lr_step_act(session, dims->d);
+    float *logits = LR_STEP_TENSOR(session, float, dims->vocab);
     for (int64_t i = 0; engine->comm->rank == 0 && i < step->n_rows && status == LR_OK; i++) {
+        struct lr_step_mark mark = lr_step_mark(session);
+        const void *view;
         lr_step_logits(engine, step->x + i * dims->d, 1, normed, logits);
-        status = extension->sink(extension->sink_context, step->positions[i], logits, err);
+        status = lr_step_view(session, logits, (size_t)dims->vocab * sizeof *logits, &view, err);
+        if (status == LR_OK)
+            status = extension->sink(extension->sink_context, step->positions[i], view, err);
+        lr_step_rewind(session, mark);
     }
     return lr_agree(engine->comm, status, err);
+}
+
+/* Keeps the residual rows of the tokens that were their entries' last: those of entries [ended, n_forks), because
+ * entries are sorted by falling length. */
+static void keep_last_rows(const struct extension *extension, const struct lr_step *step, int64_t first)
+{
+    struct lr_session *session = extension->session;
+    const struct lr_engine *engine = session->engine;
+    const struct lr_batch *batch = step->batch;
+    int64_t d = engine->model.dims.d, ended = batch->n_forks;
+    int64_t *rows = LR_STEP_TABLE(session, int64_t, batch->n_forks);
+    for (int64_t f = batch->n_forks - 1; f >= 0; f--) {
+        int64_t tokens = lr_batch_fork_tokens(batch, f);
+        if (first + tokens != extension->entries[f].input->n_ids)
+            break;
+        rows[f] = batch->slice_first[tokens - 1] + f;
+        ended = f;
+    }
+    int64_t n = batch->n_forks - ended;
+    if (n == 0)
+        return;
+    int64_t *index = LR_STEP_TENSOR(session, int64_t, n);
+    engine->ops->memory.upload(&engine->exec, index, rows + ended, (size_t)n * sizeof *rows);
+    engine->ops->gather_rows(&engine->exec, step->x, (size_t)d * sizeof(float), index, n,
+                             session->last_rows + ended * d);
 }
 
 /* Runs slices [first, end) and moves the forks on. */
@@ -145,12 +174,11 @@ static enum lr_status run_slices(
     const struct extension *extension, int64_t first, int64_t end, const int64_t *slice_first, struct lr_error *err)
 {
     struct lr_session *session = extension->session;
-    const struct lr_model_dims *dims = &session->engine->model.dims;
     int64_t n_rows = slice_first[end - first], n_forks = slice_first[1];
-    lr_arena_rewind(&session->workspace, 0);
-    struct lr_fork **forks = LR_STEP_ARRAY(session, struct lr_fork *, n_forks);
-    int64_t *positions = LR_STEP_ARRAY(session, int64_t, n_rows);
-    int32_t *ids = LR_STEP_ARRAY(session, int32_t, n_rows);
+    lr_step_rewind(session, (struct lr_step_mark){0});
+    struct lr_fork **forks = LR_STEP_TABLE(session, struct lr_fork *, n_forks);
+    int64_t *positions = LR_STEP_TABLE(session, int64_t, n_rows);
+    int32_t *ids = LR_STEP_TABLE(session, int32_t, n_rows);
     for (int64_t f = 0; f < n_forks; f++)
         forks[f] = extension->entries[f].input->fork;
     for (int64_t j = first; j < end; j++)
@@ -162,13 +190,9 @@ static enum lr_status run_slices(
     struct lr_step step = {.session = session, .batch = &batch, .n_rows = n_rows, .positions = positions};
     LR_TRY(lr_step_begin(&step, ids, err));
     LR_TRY(lr_step_layers(&step, err));
-    for (int64_t f = 0; f < n_forks; f++) {
-        int64_t tokens = lr_batch_fork_tokens(&batch, f);
-        forks[f]->position += tokens;
-        if (first + tokens == extension->entries[f].input->n_ids)
-            memcpy(extension->last + f * dims->d, step.x + (slice_first[tokens - 1] + f) * dims->d,
-                   (size_t)dims->d * sizeof(float));
-    }
+    for (int64_t f = 0; f < n_forks; f++)
+        forks[f]->position += lr_batch_fork_tokens(&batch, f);
+    keep_last_rows(extension, &step, first);
     return extension->sink ? sink_rows(extension, &step, err) : LR_OK;
 }
 
@@ -184,18 +208,25 @@ static enum lr_status run_extension(const struct extension *extension, int64_t *
 }
 
 /* Logits of every entry's last token, in the caller's order. Worker 0 only. */
-static void last_logits(const struct extension *extension, float *logits)
+static enum lr_status last_logits(const struct extension *extension, float *logits, struct lr_error *err)
 {
     struct lr_session *session = extension->session;
     struct lr_engine *engine = session->engine;
+    const struct lr_kernel_ops *ops = engine->ops;
     const struct lr_model_dims *dims = &engine->model.dims;
-    lr_arena_rewind(&session->workspace, 0);
-    float *x = LR_STEP_ARRAY(session, float, extension->n * dims->d);
-    float *normed = LR_STEP_ARRAY(session, float, extension->n * dims->d);
-    for (int64_t i = 0; i < extension->n; i++)
-        memcpy(x + extension->entries[i].source * dims->d, extension->last + i * dims->d,
-               (size_t)dims->d * sizeof(float));
-    lr_step_logits(engine, x, extension->n, normed, logits);
+    lr_step_rewind(session, (struct lr_step_mark){0});
+    int64_t n = extension->n, *entry_of = LR_STEP_TABLE(session, int64_t, n);
+    for (int64_t i = 0; i < n; i++)
+        entry_of[extension->entries[i].source] = i;
+    int64_t *index = LR_STEP_TENSOR(session, int64_t, n);
+    float *x = LR_STEP_TENSOR(session, float, n * dims->d);
+    lr_act *normed = lr_step_act(session, n * dims->d);
+    ops->memory.upload(&engine->exec, index, entry_of, (size_t)n * sizeof *entry_of);
+    ops->gather_rows(&engine->exec, session->last_rows, (size_t)dims->d * sizeof *x, index, n, x);
+    size_t bytes = (size_t)(n * dims->vocab) * sizeof *logits;
+    float *made = ops->host_memory ? logits : LR_STEP_TENSOR(session, float, n * dims->vocab);
+    lr_step_logits(engine, x, n, normed, made);
+    return ops->host_memory ? LR_OK : ops->memory.download(&engine->exec, logits, made, bytes, err);
 }
 
 enum lr_status lr_forks_extend(struct lr_session *session,
@@ -218,9 +249,8 @@ enum lr_status lr_forks_extend(struct lr_session *session,
     for (int64_t i = 0; i < n_inputs; i++)
         most = lr_max_i64(most, inputs[i].n_ids);
     extension.entries = calloc((size_t)n_inputs, sizeof *extension.entries);
-    extension.last = calloc((size_t)(n_inputs * engine->model.dims.d), sizeof *extension.last);
     int64_t *slice_first = calloc((size_t)(most > 0 ? most : 0) + 2, sizeof *slice_first);
-    if (!extension.entries || !extension.last || !slice_first) {
+    if (!extension.entries || !slice_first) {
         status = lr_fail(err, LR_NO_MEMORY, "no memory to extend %lld forks", (long long)n_inputs);
         goto free_extension;
     }
@@ -229,10 +259,9 @@ enum lr_status lr_forks_extend(struct lr_session *session,
     qsort(extension.entries, (size_t)n_inputs, sizeof *extension.entries, more_tokens_first);
     status = run_extension(&extension, slice_first, err);
     if (status == LR_OK && logits && engine->comm->rank == 0)
-        last_logits(&extension, logits);
+        status = last_logits(&extension, logits, err);
 free_extension:
     free(slice_first);
-    free(extension.last);
     free(extension.entries);
     return status;
 }

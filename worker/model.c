@@ -39,12 +39,14 @@ static enum lr_status measure(const struct lr_qwen3_next_config *config,
                               struct lr_checkpoint *checkpoint,
                               const struct lr_kernel_ops *ops,
                               size_t *bytes,
+                              size_t *table_bytes,
                               struct lr_error *err)
 {
     struct lr_loader loader = {.checkpoint = checkpoint, .ops = ops};
     struct lr_model scratch = {0};
     LR_TRY(lr_qwen3_next_visit(config, dims, range, &loader, &scratch, err));
     *bytes = loader.bytes;
+    *table_bytes = loader.table_bytes;
     return LR_OK;
 }
 
@@ -62,7 +64,8 @@ enum lr_status lr_model_peek(const char *dir,
     enum lr_status status = lr_checkpoint_open(dir, &checkpoint, err);
     if (status == LR_OK) {
         struct lr_expert_range range = lr_expert_range_of(dims->n_experts, 0, size, replicated);
-        status = measure(&config, dims, range, checkpoint, ops, weight_bytes, err);
+        size_t table_bytes;
+        status = measure(&config, dims, range, checkpoint, ops, weight_bytes, &table_bytes, err);
         lr_checkpoint_close(checkpoint);
     }
     lr_qwen3_next_config_free(&config);
@@ -71,6 +74,7 @@ enum lr_status lr_model_peek(const char *dir,
 
 enum lr_status lr_model_load(const char *dir,
                              const struct lr_kernel_ops *ops,
+                             const struct lr_exec *exec,
                              int rank,
                              int size,
                              int replicated,
@@ -78,20 +82,30 @@ enum lr_status lr_model_load(const char *dir,
                              struct lr_error *err)
 {
     struct lr_qwen3_next_config config;
-    struct lr_model model = {0};
-    size_t bytes = 0;
+    struct lr_model model = {.ops = ops};
+    size_t bytes = 0, table_bytes = 0;
+    void *base;
     LR_TRY(read_config(dir, &config, &model.dims, err));
     struct lr_expert_range range = lr_expert_range_of(model.dims.n_experts, rank, size, replicated);
     enum lr_status status = lr_checkpoint_open(dir, &model.checkpoint, err);
     if (status != LR_OK)
         goto free_config;
-    status = measure(&config, &model.dims, range, model.checkpoint, ops, &bytes, err);
+    status = measure(&config, &model.dims, range, model.checkpoint, ops, &bytes, &table_bytes, err);
     if (status == LR_OK)
-        status = lr_arena_reserve(&model.arena, bytes, err);
+        status = lr_arena_reserve(&model.tables, table_bytes, err);
+    if (status == LR_OK)
+        status = ops->memory.reserve(bytes, &base, err);
     if (status != LR_OK)
         goto unload;
-    struct lr_loader loader = {.checkpoint = model.checkpoint, .ops = ops, .arena = &model.arena};
+    model.arena = lr_arena_over(base, bytes);
+    struct lr_loader loader = {.checkpoint = model.checkpoint,
+                               .ops = ops,
+                               .exec = exec,
+                               .arena = &model.arena,
+                               .tables = &model.tables};
     status = lr_qwen3_next_visit(&config, &model.dims, range, &loader, &model, err);
+    if (status == LR_OK)
+        status = ops->memory.wait(exec, err);
     if (status != LR_OK)
         goto unload;
     snprintf(model.family, sizeof model.family, "qwen3_next");
@@ -111,6 +125,8 @@ free_config:
 void lr_model_unload(struct lr_model *model)
 {
     lr_checkpoint_close(model->checkpoint);
-    lr_arena_release(&model->arena);
+    if (model->arena.base)
+        model->ops->memory.release(model->arena.base, model->arena.capacity_bytes);
+    lr_arena_release(&model->tables);
     *model = (struct lr_model){0};
 }

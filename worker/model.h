@@ -5,8 +5,8 @@
  *   lr_layer
  *     norm1 -> mixer (gated delta rule or attention) -> norm2 -> ffn (dense or mixture of experts)
  *
- * Everything is read-only after loading. Weights live in the model's arena, except the embedding
- * table, which stays in the mapped file. A family (worker/models/<family>.c) reads config.json and
+ * Everything is read-only after loading. Weights and norms live in the backend's memory; the embedding table stays in
+ * the mapped file where that memory is the host's. A family (worker/models/<family>.c) reads config.json and
  * fills this struct. */
 #ifndef LR_WORKER_MODEL_H
 #define LR_WORKER_MODEL_H
@@ -85,8 +85,8 @@ enum { LR_MAX_EOS = 8 };
 struct lr_model {
     char family[32];
     struct lr_model_dims dims;
-    double *inv_freq; /* [rotary_dim / 2] */
-    const void *embed;
+    double *inv_freq;  /* host [rotary_dim / 2] */
+    const void *embed; /* backend memory or the mapped file */
     enum lr_dtype embed_dtype;
     struct lr_layer *layers;
     float *final_norm;
@@ -95,7 +95,9 @@ struct lr_model {
     int n_eos;
     int64_t n_parameters;
     struct lr_checkpoint *checkpoint;
-    struct lr_arena arena;
+    const struct lr_kernel_ops *ops;
+    struct lr_arena arena;  /* backend memory */
+    struct lr_arena tables; /* host memory: layers, arrays of weights */
 };
 
 /* Which experts a worker holds: [first, first + count) of n_experts. Contiguous, as even as
@@ -110,6 +112,7 @@ int lr_expert_owner(int64_t n_experts, int64_t expert, int size);
  * Errors name the file, tensor or config field. Blocks. */
 LR_MUST_USE enum lr_status lr_model_load(const char *dir,
                                          const struct lr_kernel_ops *ops,
+                                         const struct lr_exec *exec,
                                          int rank,
                                          int size,
                                          int replicated,

@@ -4,10 +4,6 @@
 
 #include "worker/session_impl.h"
 
-#include <inttypes.h>
-#include <stdio.h>
-#include <string.h>
-
 enum { BLOCK = LR_KV_BLOCK_TOKENS };
 
 static int64_t ceil_div(int64_t a, int64_t b)
@@ -33,93 +29,108 @@ struct lr_kv_shape lr_plan_kv_shape(const struct lr_model_dims *dims, enum lr_dt
         .n_heads = dims->n_heads, .n_kv_heads = dims->n_kv_heads, .head_dim = dims->head_dim, .dtype = dtype};
 }
 
+size_t lr_plan_host_bytes(const struct lr_session_options *options, int n_workers)
+{
+    return lr_tensor_bytes(options->segment_tokens * n_workers, sizeof(int32_t)) +
+           lr_tensor_bytes(options->max_forks, sizeof(struct lr_fork));
+}
+
+/* Recurrent states and convolution tails of one timeline. */
+static size_t timeline_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops)
+{
+    return lr_tensor_bytes(dims->n_delta_layers * (int64_t)lr_state_floats(dims), sizeof(float)) +
+           lr_tensor_bytes(dims->n_delta_layers * (int64_t)lr_tail_elements(dims), lr_act_bytes(ops));
+}
+
+static size_t block_bytes_of(const struct lr_model_dims *dims,
+                             const struct lr_kernel_ops *ops,
+                             const struct lr_session_options *options)
+{
+    return ops->kv_block_bytes(lr_plan_kv_shape(dims, options->kv_dtype));
+}
+
 size_t lr_plan_state_bytes(const struct lr_model_dims *dims,
+                           const struct lr_kernel_ops *ops,
                            const struct lr_session_options *options,
-                           int n_workers,
-                           size_t block_bytes)
+                           int n_workers)
 {
-    size_t wave = (size_t)options->segment_tokens * (size_t)n_workers;
-    size_t bytes = wave * sizeof(int32_t);
-    bytes += (size_t)dims->n_delta_layers * (lr_state_floats(dims) + lr_tail_floats(dims) + 32) * sizeof(float);
-    bytes += (size_t)dims->n_attention_layers * (block_bytes + 64);
-    size_t summary = (size_t)(dims->n_kv_heads * dims->head_dim * dims->n_attention_layers) * sizeof(float);
+    int64_t summary = dims->n_kv_heads * dims->head_dim * dims->n_attention_layers;
+    size_t bytes = timeline_bytes(dims, ops) + lr_tensor_bytes(dims->n_attention_layers, block_bytes_of(dims, ops, options));
     if (options->top_k_blocks > 0)
-        bytes += summary * (size_t)ceil_div(options->max_tokens, BLOCK);
+        bytes += lr_tensor_bytes(summary * ceil_div(options->max_tokens, BLOCK), sizeof(float));
     if (options->decode_pages > 0)
-        bytes += 2 * summary * (size_t)lr_plan_local_blocks(options, n_workers);
-    return bytes + 4096;
+        bytes += 2 * lr_tensor_bytes(summary * lr_plan_local_blocks(options, n_workers), sizeof(float));
+    return bytes;
 }
 
-size_t
-lr_plan_fork_bytes(const struct lr_model_dims *dims, const struct lr_session_options *options, size_t block_bytes)
+size_t lr_plan_fork_bytes(const struct lr_model_dims *dims,
+                          const struct lr_kernel_ops *ops,
+                          const struct lr_session_options *options,
+                          int n_workers)
 {
-    size_t layers = (size_t)dims->n_delta_layers;
-    size_t state = layers * (lr_state_floats(dims) + lr_tail_floats(dims) + 32) * sizeof(float);
-    size_t kv = (size_t)(dims->n_attention_layers * lr_plan_fork_blocks(options)) * block_bytes;
-    return (size_t)options->max_forks * (state + kv + sizeof(struct lr_fork) + 256);
+    size_t kv = lr_tensor_bytes(dims->n_attention_layers * lr_plan_fork_blocks(options), block_bytes_of(dims, ops, options));
+    return (size_t)options->max_forks * timeline_bytes(dims, ops) + (size_t)ceil_div(options->max_forks, n_workers) * kv +
+           lr_tensor_bytes(lr_fork_step_rows(dims, options, n_workers) * dims->d, sizeof(float));
 }
 
-size_t lr_plan_workspace_bytes(const struct lr_model_dims *dims,
-                               const struct lr_kernel_ops *ops,
-                               int n_workers,
-                               int replicated,
-                               const struct lr_session_options *options)
+static struct lr_step_bytes larger(struct lr_step_bytes a, struct lr_step_bytes b)
+{
+    return (struct lr_step_bytes){a.tensors > b.tensors ? a.tensors : b.tensors,
+                                  a.tables > b.tables ? a.tables : b.tables};
+}
+
+static struct lr_step_bytes together(struct lr_step_bytes a, struct lr_step_bytes b)
+{
+    return (struct lr_step_bytes){a.tensors + b.tensors, a.tables + b.tables};
+}
+
+/* Logits of n_rows rows: the rows gathered and normed, and the host's copy. */
+static struct lr_step_bytes logits_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int64_t n_rows)
+{
+    size_t logits = lr_tensor_bytes(n_rows * dims->vocab, sizeof(float));
+    return (struct lr_step_bytes){.tensors = logits + lr_tensor_bytes(n_rows * dims->d, sizeof(float)) +
+                                             lr_tensor_bytes(n_rows * dims->d, lr_act_bytes(ops)) +
+                                             lr_tensor_bytes(n_rows, sizeof(int64_t)),
+                                  .tables = (ops->host_memory ? 0 : logits) + lr_tensor_bytes(n_rows, sizeof(int64_t))};
+}
+
+/* What lr_step_begin takes, and the arrays that describe the rows. */
+static struct lr_step_bytes begin_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int64_t n_rows)
+{
+    return (struct lr_step_bytes){
+        .tensors = 2 * lr_tensor_bytes(n_rows * (dims->rotary_dim / 2), sizeof(float)) +
+                   lr_tensor_bytes(n_rows * dims->d, sizeof(float)) +
+                   lr_tensor_bytes(n_rows * dims->d, lr_act_bytes(ops)) + lr_tensor_bytes(n_rows, sizeof(int64_t)),
+        .tables = 3 * lr_tensor_bytes(n_rows, sizeof(int64_t)) + lr_tensor_bytes(n_rows, sizeof(int32_t))};
+}
+
+struct lr_step_bytes lr_plan_step_bytes(const struct lr_model_dims *dims,
+                                        const struct lr_kernel_ops *ops,
+                                        int n_workers,
+                                        int replicated,
+                                        const struct lr_session_options *options)
 {
     enum { LOGITS_ROWS = 128 };
     int64_t segment = lr_min_i64(options->segment_tokens, options->max_tokens);
     struct lr_session_options clipped = *options;
     clipped.segment_tokens = ceil_div(segment, BLOCK) * BLOCK;
     int64_t fork_rows = lr_fork_step_rows(dims, options, n_workers);
-    size_t row = (size_t)(2 * dims->d + dims->rotary_dim) * sizeof(float) + sizeof(int64_t) + sizeof(int32_t);
-    size_t document = 0, forks = 0;
+    struct lr_step_bytes document = lr_ffn_bytes(dims, ops, n_workers, replicated, clipped.segment_tokens);
+    struct lr_step_bytes forks = lr_ffn_bytes(dims, ops, n_workers, replicated, fork_rows);
     for (int kind = 0; kind < 2; kind++) {
         const struct lr_layer_ops *layer = lr_layer_ops_of((enum lr_mixer)kind);
         int64_t n = kind == LR_MIXER_ATTENTION ? dims->n_attention_layers : dims->n_delta_layers;
         if (n == 0)
             continue;
-        size_t a = layer->prefill_bytes(dims, ops, n_workers, &clipped);
-        size_t b = layer->extend_bytes(dims, ops, n_workers, options, fork_rows);
-        document = a > document ? a : document;
-        forks = b > forks ? b : forks;
+        document = larger(document, layer->prefill_bytes(dims, ops, n_workers, &clipped));
+        forks = larger(forks, layer->extend_bytes(dims, ops, n_workers, options, fork_rows));
     }
-    size_t a = lr_ffn_bytes(dims, n_workers, replicated, clipped.segment_tokens);
-    size_t b = lr_ffn_bytes(dims, n_workers, replicated, fork_rows);
-    size_t logits = (size_t)(dims->vocab + 2 * dims->d) * sizeof(float);
-    document = a > document ? a : document;
-    forks = b > forks ? b : forks;
-    document = LOGITS_ROWS * logits > document ? LOGITS_ROWS * logits : document;
-    forks = (size_t)options->max_forks * logits > forks ? (size_t)options->max_forks * logits : forks;
-    document += (size_t)clipped.segment_tokens * row;
-    forks += (size_t)fork_rows * row + (size_t)options->max_forks * sizeof(void *);
-    return (document > forks ? document : forks) + 65536;
-}
-
-static size_t read_kb_line(const char *path, const char *key)
-{
-    FILE *file = fopen(path, "re");
-    if (!file)
-        return SIZE_MAX;
-    char line[256];
-    size_t found = SIZE_MAX;
-    while (fgets(line, sizeof line, file)) {
-        uintmax_t value;
-        size_t length = strlen(key);
-        if (strncmp(line, key, length) == 0 && sscanf(line + length, " %" SCNuMAX, &value) == 1)
-            found = (size_t)value;
-    }
-    fclose(file);
-    return found;
-}
-
-size_t lr_plan_available_bytes(int workers_on_host)
-{
-    size_t kb = read_kb_line("/proc/meminfo", "MemAvailable:");
-    size_t bytes = kb == SIZE_MAX ? SIZE_MAX / 2 : kb * 1024;
-    size_t limit = read_kb_line("/sys/fs/cgroup/memory.max", "");
-    size_t used = read_kb_line("/sys/fs/cgroup/memory.current", "");
-    if (limit != SIZE_MAX && used != SIZE_MAX && limit > used && limit - used < bytes)
-        bytes = limit - used;
-    return bytes / (size_t)workers_on_host;
+    document = larger(document, logits_bytes(dims, ops, LOGITS_ROWS));
+    document = together(document, begin_bytes(dims, ops, clipped.segment_tokens));
+    forks = larger(forks, logits_bytes(dims, ops, 1));
+    forks = together(forks, begin_bytes(dims, ops, fork_rows));
+    forks = larger(forks, logits_bytes(dims, ops, options->max_forks));
+    return larger(document, forks);
 }
 
 void lr_session_plan(const struct lr_model_dims *dims,
@@ -130,12 +141,16 @@ void lr_session_plan(const struct lr_model_dims *dims,
                      const struct lr_session_options *options,
                      struct lr_memory_plan *plan)
 {
-    size_t block_bytes = ops->kv_block_bytes(lr_plan_kv_shape(dims, options->kv_dtype));
     *plan = (struct lr_memory_plan){.weights_bytes = weights_bytes};
-    plan->kv_bytes = (size_t)(dims->n_attention_layers * lr_plan_local_blocks(options, n_workers)) * block_bytes;
-    plan->state_bytes = lr_plan_state_bytes(dims, options, n_workers, block_bytes);
-    plan->fork_bytes = lr_plan_fork_bytes(dims, options, block_bytes);
-    plan->workspace_bytes = lr_plan_workspace_bytes(dims, ops, n_workers, replicated, options);
+    plan->kv_bytes = (size_t)(dims->n_attention_layers * lr_plan_local_blocks(options, n_workers)) *
+                     block_bytes_of(dims, ops, options);
+    plan->state_bytes = lr_plan_state_bytes(dims, ops, options, n_workers);
+    plan->fork_bytes = lr_plan_fork_bytes(dims, ops, options, n_workers);
+    struct lr_step_bytes step = lr_plan_step_bytes(dims, ops, n_workers, replicated, options);
+    plan->workspace_bytes = step.tensors;
+    plan->host_bytes = step.tables + lr_plan_host_bytes(options, n_workers);
     plan->total_bytes =
         plan->weights_bytes + plan->kv_bytes + plan->state_bytes + plan->fork_bytes + plan->workspace_bytes;
+    if (ops->host_memory)
+        plan->total_bytes += plan->host_bytes;
 }

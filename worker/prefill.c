@@ -13,14 +13,15 @@ enum lr_status lr_step_begin(struct lr_step *step, const int32_t *ids, struct lr
     const struct lr_model *model = &engine->model;
     const struct lr_model_dims *dims = &model->dims;
     int64_t n = step->n_rows, n_freq = dims->rotary_dim / 2;
-    step->cos = LR_STEP_ARRAY(session, float, n *n_freq);
-    step->sin = LR_STEP_ARRAY(session, float, n *n_freq);
-    step->x = LR_STEP_ARRAY(session, float, n * dims->d);
-    step->h = LR_STEP_ARRAY(session, float, n * dims->d);
+    step->cos = LR_STEP_TENSOR(session, float, n *n_freq);
+    step->sin = LR_STEP_TENSOR(session, float, n *n_freq);
+    step->x = LR_STEP_TENSOR(session, float, n * dims->d);
+    step->h = lr_step_act(session, n * dims->d);
     if (!step->h)
         return lr_fail(err, LR_INTERNAL, "workspace for %lld rows was not planned", (long long)n);
     if (dims->n_attention_layers > 0)
-        lr_rope_table(step->positions, n, model->inv_freq, n_freq, dims->rope_factor, step->cos, step->sin);
+        engine->ops->rope_table(&engine->exec, step->positions, n, model->inv_freq, n_freq, dims->rope_factor,
+                                step->cos, step->sin);
     engine->ops->embed(&engine->exec, model->embed, model->embed_dtype, dims->d, ids, n, step->x);
     return LR_OK;
 }
@@ -49,18 +50,32 @@ enum lr_status lr_step_layers(struct lr_step *step, struct lr_error *err)
     for (int64_t i = 0; i < model->dims.n_layers; i++) {
         const struct lr_layer *layer = &model->layers[i];
         const struct lr_layer_ops *mixer = lr_layer_ops_of(layer->mixer);
-        size_t mark = session->workspace.used_bytes;
+        struct lr_step_mark mark = lr_step_mark(session);
         norm(step, layer->norm1);
         LR_TRY(step->wave ? mixer->prefill(step, layer, err) : mixer->extend(step, layer, err));
-        lr_arena_rewind(&session->workspace, mark);
+        lr_step_rewind(session, mark);
         norm(step, layer->norm2);
         LR_TRY(step->wave ? lr_ffn_prefill(step, layer, err) : lr_ffn_extend(step, layer, err));
-        lr_arena_rewind(&session->workspace, mark);
+        lr_step_rewind(session, mark);
     }
     return LR_OK;
 }
 
-void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, float *normed, float *logits)
+enum lr_status lr_step_view(
+    struct lr_session *session, const void *tensor, size_t size_bytes, const void **view, struct lr_error *err)
+{
+    const struct lr_engine *engine = session->engine;
+    *view = tensor;
+    if (engine->ops->host_memory)
+        return LR_OK;
+    char *copy = LR_STEP_TABLE(session, char, size_bytes);
+    if (!copy)
+        return lr_fail(err, LR_INTERNAL, "a table of %zu bytes was not planned", size_bytes);
+    *view = copy;
+    return engine->ops->memory.download(&engine->exec, copy, tensor, size_bytes, err);
+}
+
+void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, lr_act *normed, float *logits)
 {
     const struct lr_model *model = &engine->model;
     struct lr_rmsnorm_args norm_args = {.x = x,
@@ -78,7 +93,8 @@ void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, fl
                                 .w = &model->head,
                                 .y = logits,
                                 .y_stride = model->dims.vocab,
-                                .n_rows = n_rows};
+                                .n_rows = n_rows,
+                                .wide = 1};
     engine->ops->gemm(&engine->exec, &head);
 }
 
@@ -112,24 +128,30 @@ send_logits(struct lr_step *step, int owner, const int64_t *rows, int64_t n, int
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
-    struct lr_comm *comm = engine->comm;
+    const struct lr_kernel_ops *ops = engine->ops;
     const struct lr_model_dims *dims = &engine->model.dims;
-    size_t mark = session->workspace.used_bytes;
-    float *logits = LR_STEP_ARRAY(session, float, n * dims->vocab);
-    if (comm->rank == owner) {
-        float *x = LR_STEP_ARRAY(session, float, n * dims->d);
-        float *normed = LR_STEP_ARRAY(session, float, n * dims->d);
-        engine->ops->gather_rows(&engine->exec, step->x, dims->d, rows, n, x);
+    struct lr_step_mark mark = lr_step_mark(session);
+    int rank = engine->comm->rank;
+    float *logits = LR_STEP_TENSOR(session, float, n * dims->vocab);
+    if (rank == owner) {
+        float *x = LR_STEP_TENSOR(session, float, n * dims->d);
+        lr_act *normed = lr_step_act(session, n * dims->d);
+        int64_t *index = LR_STEP_TENSOR(session, int64_t, n);
+        ops->memory.upload(&engine->exec, index, rows, (size_t)n * sizeof *rows);
+        ops->gather_rows(&engine->exec, step->x, (size_t)dims->d * sizeof *x, index, n, x);
         lr_step_logits(engine, x, n, normed, logits);
     }
     size_t bytes = (size_t)(n * dims->vocab) * sizeof(float);
     if (owner != 0)
-        LR_TRY(lr_comm_pass(comm, "logits", owner, logits, 0, logits, bytes, err));
+        LR_TRY(lr_comm_pass(engine->links, "logits", owner, logits, 0, logits, bytes, err));
     enum lr_status status = LR_OK;
-    for (int64_t i = 0; comm->rank == 0 && i < n && status == LR_OK; i++)
-        status =
-            session->hooks.on_logits(session->hooks.logits_context, start + rows[i], logits + i * dims->vocab, err);
-    lr_arena_rewind(&session->workspace, mark);
+    const void *view = logits;
+    if (rank == 0)
+        status = lr_step_view(session, logits, bytes, &view, err);
+    for (int64_t i = 0; rank == 0 && i < n && status == LR_OK; i++)
+        status = session->hooks.on_logits(session->hooks.logits_context, start + rows[i],
+                                          (const float *)view + i * dims->vocab, err);
+    lr_step_rewind(session, mark);
     return status;
 }
 
@@ -152,10 +174,10 @@ enum lr_status
 lr_prefill_wave(struct lr_session *session, const struct lr_wave *wave, const int32_t *ids, struct lr_error *err)
 {
     struct lr_engine *engine = session->engine;
-    lr_arena_rewind(&session->workspace, 0);
+    lr_step_rewind(session, (struct lr_step_mark){0});
     int64_t start = lr_wave_start(wave, engine->comm->rank);
     struct lr_step step = {.session = session, .wave = wave, .n_rows = lr_wave_length(wave, engine->comm->rank)};
-    int64_t *positions = LR_STEP_ARRAY(session, int64_t, step.n_rows);
+    int64_t *positions = LR_STEP_TABLE(session, int64_t, step.n_rows);
     for (int64_t i = 0; i < step.n_rows; i++)
         positions[i] = start + i;
     step.positions = positions;

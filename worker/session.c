@@ -18,7 +18,8 @@ static int64_t ceil_div(int64_t a, int64_t b)
  * ------------------------------------------------------------------------------------------------------
  */
 
-static enum lr_status check_options(const struct lr_session_options *o, struct lr_error *err)
+static enum lr_status
+check_options(const struct lr_engine *engine, const struct lr_session_options *o, struct lr_error *err)
 {
     if (o->segment_tokens < LR_MIN_SEGMENT_TOKENS || o->segment_tokens > LR_MAX_SEGMENT_TOKENS ||
         (o->segment_tokens & (o->segment_tokens - 1)) != 0)
@@ -31,6 +32,8 @@ static enum lr_status check_options(const struct lr_session_options *o, struct l
                        (long long)o->max_fork_tokens);
     if (o->kv_dtype != LR_F32 && o->kv_dtype != LR_BF16)
         return lr_fail(err, LR_UNSUPPORTED, "KV is kept in f32 or bf16");
+    if (!engine->ops->host_memory && o->kv_dtype != LR_BF16)
+        return lr_fail(err, LR_UNSUPPORTED, "the %s backend keeps KV in bf16", engine->ops->name);
     return LR_OK;
 }
 
@@ -45,7 +48,7 @@ lr_session_check_memory(const struct lr_engine *engine, const struct lr_session_
     struct lr_memory_plan plan;
     lr_session_plan(&engine->model.dims, engine->ops, 0, engine->comm->size, engine->experts_replicated, options,
                     &plan);
-    size_t available = lr_plan_available_bytes(engine->workers_on_host);
+    size_t available = engine->ops->memory.available() / (size_t)engine->workers_on_device;
     enum lr_status status = LR_OK;
     if (plan.total_bytes > available)
         status = lr_fail(err, LR_NO_MEMORY,
@@ -57,19 +60,39 @@ lr_session_check_memory(const struct lr_engine *engine, const struct lr_session_
     return lr_agree(engine->comm, status, err);
 }
 
+/* An arena over backend memory of exactly that size. */
+static enum lr_status
+reserve_backend(const struct lr_engine *engine, struct lr_arena *arena, size_t size_bytes, struct lr_error *err)
+{
+    void *base;
+    LR_TRY(engine->ops->memory.reserve(size_bytes, &base, err));
+    *arena = lr_arena_over(base, size_bytes);
+    return LR_OK;
+}
+
+static void release_backend(const struct lr_engine *engine, struct lr_arena *arena)
+{
+    if (arena->base)
+        engine->ops->memory.release(arena->base, arena->capacity_bytes);
+    *arena = (struct lr_arena){0};
+}
+
 static enum lr_status reserve(struct lr_session *session, struct lr_error *err)
 {
     const struct lr_engine *engine = session->engine;
     const struct lr_model_dims *dims = &engine->model.dims;
     const struct lr_session_options *o = &session->options;
     size_t kv = (size_t)(dims->n_attention_layers * session->local_blocks) * session->block_bytes;
-    size_t memory = lr_plan_state_bytes(dims, o, engine->comm->size, session->block_bytes) +
-                    lr_plan_fork_bytes(dims, o, session->block_bytes) + 4096;
-    LR_TRY(lr_arena_reserve(&session->kv_memory, kv, err));
-    LR_TRY(lr_arena_reserve(&session->memory, memory, err));
-    return lr_arena_reserve(
-        &session->workspace,
-        lr_plan_workspace_bytes(dims, engine->ops, engine->comm->size, engine->experts_replicated, o), err);
+    struct lr_step_bytes step =
+        lr_plan_step_bytes(dims, engine->ops, engine->comm->size, engine->experts_replicated, o);
+    LR_TRY(lr_arena_reserve(&session->host, lr_plan_host_bytes(o, engine->comm->size), err));
+    LR_TRY(lr_arena_reserve(&session->tables, step.tables, err));
+    LR_TRY(reserve_backend(engine, &session->kv_memory, kv, err));
+    LR_TRY(reserve_backend(engine, &session->memory,
+                           lr_plan_state_bytes(dims, engine->ops, o, engine->comm->size) +
+                               lr_plan_fork_bytes(dims, engine->ops, o, engine->comm->size),
+                           err));
+    return reserve_backend(engine, &session->workspace, step.tensors, err);
 }
 
 static void carve_forks(struct lr_session *session)
@@ -79,13 +102,14 @@ static void carve_forks(struct lr_session *session)
     struct lr_arena *arena = &session->memory;
     size_t layers = (size_t)dims->n_delta_layers;
     size_t blocks = (size_t)(dims->n_attention_layers * session->fork_blocks);
-    session->forks = lr_arena_alloc(arena, (size_t)session->options.max_forks, sizeof(struct lr_fork));
+    session->forks = lr_arena_alloc(&session->host, (size_t)session->options.max_forks, sizeof(struct lr_fork));
+    session->last_rows = lr_arena_alloc(arena, (size_t)(session->max_rows * dims->d), sizeof(float));
     for (int64_t i = 0; session->forks && i < session->options.max_forks; i++) {
         struct lr_fork *fork = &session->forks[i];
         fork->session = session;
         fork->index = (int)i;
         fork->states = lr_arena_alloc(arena, layers * lr_state_floats(dims), sizeof(float));
-        fork->tails = lr_arena_alloc(arena, layers * lr_tail_floats(dims), sizeof(float));
+        fork->tails = lr_arena_alloc(arena, layers * lr_tail_elements(dims), lr_act_bytes(engine->ops));
         if (i % engine->comm->size == engine->comm->rank)
             fork->kv = lr_arena_alloc(arena, blocks, session->block_bytes);
     }
@@ -99,9 +123,9 @@ static void carve(struct lr_session *session)
     struct lr_arena *arena = &session->memory;
     size_t layers = (size_t)dims->n_delta_layers;
     size_t summary = (size_t)(dims->n_attention_layers * dims->n_kv_heads * dims->head_dim);
-    session->held = lr_arena_alloc(arena, (size_t)(o->segment_tokens * engine->comm->size), sizeof(int32_t));
+    session->held = lr_arena_alloc(&session->host, (size_t)(o->segment_tokens * engine->comm->size), sizeof(int32_t));
     session->states = lr_arena_alloc(arena, layers * lr_state_floats(dims), sizeof(float));
-    session->tails = lr_arena_alloc(arena, layers * lr_tail_floats(dims), sizeof(float));
+    session->tails = lr_arena_alloc(arena, layers * lr_tail_elements(dims), lr_act_bytes(engine->ops));
     session->edge_blocks = lr_arena_alloc(arena, (size_t)dims->n_attention_layers, session->block_bytes);
     if (o->top_k_blocks > 0)
         session->block_means = lr_arena_alloc(arena, summary * (size_t)ceil_div(o->max_tokens, BLOCK), sizeof(float));
@@ -118,7 +142,7 @@ enum lr_status lr_session_open(struct lr_engine *engine,
                                struct lr_session **out,
                                struct lr_error *err)
 {
-    LR_TRY(check_options(options, err));
+    LR_TRY(check_options(engine, options, err));
     LR_TRY(lr_session_check_memory(engine, options, err));
     struct lr_session *session = calloc(1, sizeof *session);
     enum lr_status status = LR_OK;
@@ -150,9 +174,11 @@ void lr_session_close(struct lr_session *session)
 {
     if (!session)
         return;
-    lr_arena_release(&session->workspace);
-    lr_arena_release(&session->memory);
-    lr_arena_release(&session->kv_memory);
+    release_backend(session->engine, &session->workspace);
+    release_backend(session->engine, &session->memory);
+    release_backend(session->engine, &session->kv_memory);
+    lr_arena_release(&session->tables);
+    lr_arena_release(&session->host);
     free(session);
 }
 
@@ -213,16 +239,17 @@ enum lr_status lr_session_append(struct lr_session *session, const int32_t *ids,
 /* The unfinished last block goes to everyone: every fork starts its tail with it. */
 static enum lr_status share_edge(struct lr_session *session, struct lr_error *err)
 {
-    struct lr_comm *comm = session->engine->comm;
+    const struct lr_engine *engine = session->engine;
+    struct lr_comm *links = engine->links;
     int64_t block = session->n_tokens / BLOCK;
     if (session->n_tokens % BLOCK == 0)
         return LR_OK; /* the edge blocks stay zero */
     int owner = lr_session_block_owner(session, block);
-    for (int64_t i = 0; i < session->engine->model.dims.n_attention_layers; i++) {
+    for (int64_t i = 0; i < engine->model.dims.n_attention_layers; i++) {
         char *edge = session->edge_blocks + (size_t)i * session->block_bytes;
-        if (comm->rank == owner)
-            memcpy(edge, lr_session_block(session, i, block), session->block_bytes);
-        LR_TRY(lr_comm_broadcast(comm, "edge block", owner, edge, session->block_bytes, err));
+        if (links->rank == owner)
+            engine->ops->memory.copy(&engine->exec, edge, lr_session_block(session, i, block), session->block_bytes);
+        LR_TRY(lr_comm_broadcast(links, "edge block", owner, edge, session->block_bytes, err));
     }
     return LR_OK;
 }
@@ -238,8 +265,10 @@ enum lr_status lr_session_seal(struct lr_session *session, struct lr_error *err)
     const struct lr_model_dims *dims = &session->engine->model.dims;
     size_t states = (size_t)dims->n_delta_layers * lr_state_floats(dims) * sizeof(float);
     if (states > 0)
-        LR_TRY(lr_comm_broadcast(session->engine->comm, "document states", 0, session->states, states, err));
+        LR_TRY(lr_comm_broadcast(session->engine->links, "document states", 0, session->states, states, err));
     LR_TRY(share_edge(session, err));
+    /* prefill ends here, also for whoever takes its time */
+    LR_TRY(session->engine->ops->memory.wait(&session->engine->exec, err));
     session->sealed = 1;
     return LR_OK;
 }

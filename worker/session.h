@@ -36,9 +36,9 @@ struct lr_session_options {
 
 /* What a session on this worker needs, in bytes; see lr_session_plan. */
 struct lr_memory_plan {
-    size_t weights_bytes, kv_bytes, state_bytes, fork_bytes, workspace_bytes;
-    size_t total_bytes;
-    size_t available_bytes; /* for this worker: memory free on its host over the workers there */
+    size_t weights_bytes, kv_bytes, state_bytes, fork_bytes, workspace_bytes; /* of the backend's memory */
+    size_t host_bytes;                                                        /* beside it */
+    size_t total_bytes; /* of the backend's memory, and host_bytes where that is the host's */
 };
 
 /* The exact sizes of what lr_session_open would take on the worker with the most (worker 0). */

@@ -30,10 +30,10 @@ struct lr_step {
     const struct lr_wave *wave;   /* document; NULL for forks */
     const struct lr_batch *batch; /* forks; NULL for a document */
     int64_t n_rows;
-    const int64_t *positions; /* [n_rows] absolute */
+    const int64_t *positions; /* host [n_rows] absolute */
     float *cos, *sin;         /* [n_rows, rotary_dim / 2] */
     float *x;                 /* [n_rows, d] the residual stream */
-    float *h;                 /* [n_rows, d] the normed input of a mixer or ffn */
+    lr_act *h;                /* [n_rows, d] the normed input of a mixer or ffn */
 };
 
 /* Tokens of several forks, time-major: slice j holds token j of every fork that has one. Forks are
@@ -67,7 +67,7 @@ struct lr_fork {
     int in_use;
     int64_t position; /* of the next token */
     float *states;    /* [n_delta_layers][n_v_heads, dk, dv] */
-    float *tails;     /* [n_delta_layers][taps - 1, conv_channels] */
+    lr_act *tails;    /* [n_delta_layers][taps - 1, conv_channels] */
     char *kv;         /* [n_attention_layers][fork_blocks] blocks; NULL on other workers */
 };
 
@@ -84,12 +84,15 @@ struct lr_session {
     int64_t n_held;
     int64_t next_logit; /* index into hooks.positions */
 
-    struct lr_arena memory;    /* everything below that lives as long as the session */
-    struct lr_arena kv_memory; /* KV blocks of the document */
-    struct lr_arena workspace; /* one step */
+    struct lr_arena host;      /* host memory that lives as long as the session: held, forks */
+    struct lr_arena memory;    /* backend memory that does: states, tails, forks' keys and values */
+    struct lr_arena kv_memory; /* KV blocks of the document; backend memory */
+    struct lr_arena workspace; /* one step's tensors; backend memory */
+    struct lr_arena tables;    /* one step's lists and counts; host memory */
 
     float *states;              /* [n_delta_layers] states: before sealing valid on worker 0, then everywhere */
-    float *tails;               /* [n_delta_layers] convolution tails, everywhere */
+    lr_act *tails;              /* [n_delta_layers] convolution tails, everywhere */
+    float *last_rows;           /* [max_rows, d] residual rows of the forks' last tokens */
     int64_t local_blocks;       /* per attention layer, on this worker */
     char *edge_blocks;          /* [n_attention_layers] copies of the document's last, unfinished block;
                                    after sealing */
@@ -114,9 +117,21 @@ static inline size_t lr_state_floats(const struct lr_model_dims *dims)
     return (size_t)(dims->delta.n_v_heads * dims->delta.dk * dims->delta.dv);
 }
 
-static inline size_t lr_tail_floats(const struct lr_model_dims *dims)
+/* Activations of one convolution tail. */
+static inline size_t lr_tail_elements(const struct lr_model_dims *dims)
 {
     return (size_t)((dims->conv_taps - 1) * dims->conv_channels);
+}
+
+static inline size_t lr_act_bytes(const struct lr_kernel_ops *ops)
+{
+    return lr_dtype_bytes(ops->act_dtype);
+}
+
+/* The element `index` of an array of activations. */
+static inline lr_act *lr_act_at(const struct lr_kernel_ops *ops, const lr_act *base, int64_t index)
+{
+    return (char *)base + index * (int64_t)lr_act_bytes(ops);
 }
 
 /* The document's block `block` (absolute number), which must live on this worker. */
@@ -145,9 +160,47 @@ static inline int64_t lr_max_i64(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 
-/* An array of the step's workspace; the plan guarantees that it is there. */
-#define LR_STEP_ARRAY(session, type, count)                                                                            \
+/* Arrays of one step; the plan guarantees that they are there. Tensors lie in the backend's memory and are touched by
+ * kernels only, tables in the host's. */
+#define LR_STEP_TENSOR(session, type, count)                                                                           \
     ((type *)lr_arena_alloc(&(session)->workspace, (size_t)(count), sizeof(type)))
+#define LR_STEP_TABLE(session, type, count)                                                                            \
+    ((type *)lr_arena_alloc(&(session)->tables, (size_t)(count), sizeof(type)))
+
+static inline lr_act *lr_step_act(struct lr_session *session, int64_t count)
+{
+    return lr_arena_alloc(&session->workspace, (size_t)count, lr_act_bytes(session->engine->ops));
+}
+
+/* Bytes of one step's arrays, or of a part of them. */
+struct lr_step_bytes {
+    size_t tensors, tables;
+};
+
+static inline size_t lr_tensor_bytes(int64_t count, size_t size)
+{
+    return lr_arena_array_bytes((size_t)count, size);
+}
+
+/* How far a step has filled its memory, and going back to there. */
+struct lr_step_mark {
+    size_t tensors, tables;
+};
+
+static inline struct lr_step_mark lr_step_mark(const struct lr_session *session)
+{
+    return (struct lr_step_mark){session->workspace.used_bytes, session->tables.used_bytes};
+}
+
+static inline void lr_step_rewind(struct lr_session *session, struct lr_step_mark mark)
+{
+    lr_arena_rewind(&session->workspace, mark.tensors);
+    lr_arena_rewind(&session->tables, mark.tables);
+}
+
+/* A tensor's bytes as the host sees them: the tensor itself, or a copy in a table. Waits for the device. */
+LR_MUST_USE enum lr_status lr_step_view(
+    struct lr_session *session, const void *tensor, size_t size_bytes, const void **view, struct lr_error *err);
 
 /* ---- layers
  * -------------------------------------------------------------------------------------------------------
@@ -158,17 +211,16 @@ static inline int64_t lr_max_i64(int64_t a, int64_t b)
  * the session (prefill) or the forks (extend). Collective. */
 struct lr_layer_ops {
     const char *name;
-    /* Bytes of workspace that prefill takes for a segment of n_rows, and extend for n_rows of
-     * forks. */
-    size_t (*prefill_bytes)(const struct lr_model_dims *dims,
-                            const struct lr_kernel_ops *ops,
-                            int n_workers,
-                            const struct lr_session_options *options);
-    size_t (*extend_bytes)(const struct lr_model_dims *dims,
-                           const struct lr_kernel_ops *ops,
-                           int n_workers,
-                           const struct lr_session_options *options,
-                           int64_t n_rows);
+    /* What prefill takes for a segment, and extend for n_rows of forks. */
+    struct lr_step_bytes (*prefill_bytes)(const struct lr_model_dims *dims,
+                                          const struct lr_kernel_ops *ops,
+                                          int n_workers,
+                                          const struct lr_session_options *options);
+    struct lr_step_bytes (*extend_bytes)(const struct lr_model_dims *dims,
+                                         const struct lr_kernel_ops *ops,
+                                         int n_workers,
+                                         const struct lr_session_options *options,
+                                         int64_t n_rows);
     enum lr_status (*prefill)(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
     enum lr_status (*extend)(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
 };
@@ -177,7 +229,8 @@ extern const struct lr_layer_ops lr_gated_delta_layer, lr_attention_layer;
 const struct lr_layer_ops *lr_layer_ops_of(enum lr_mixer mixer);
 
 /* The feed-forward half of a block: dense or mixture of experts. */
-size_t lr_ffn_bytes(const struct lr_model_dims *dims, int n_workers, int replicated, int64_t n_rows);
+struct lr_step_bytes lr_ffn_bytes(
+    const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int n_workers, int replicated, int64_t n_rows);
 LR_MUST_USE enum lr_status lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
 LR_MUST_USE enum lr_status lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
 
@@ -202,6 +255,6 @@ LR_MUST_USE enum lr_status lr_step_layers(struct lr_step *step, struct lr_error 
 LR_MUST_USE enum lr_status lr_step_begin(struct lr_step *step, const int32_t *ids, struct lr_error *err);
 
 /* logits [n_rows, vocab] = head(norm(x)). `normed` is scratch [n_rows, d]. Local. */
-void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, float *normed, float *logits);
+void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, lr_act *normed, float *logits);
 
 #endif

@@ -48,32 +48,50 @@ static uint16_t to_bf16(float x)
     return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-static void kv_store_rows(const void *args, int64_t first, int64_t last)
+/* Keys and values of one token, all KV heads, to its place in `block`. */
+static void store_token(struct lr_kv_shape shape, void *block, int64_t token, const float *k, const float *v)
+{
+    int64_t d = shape.head_dim, dv16 = round16(d);
+    for (int64_t h = 0; h < shape.n_kv_heads; h++, k += d, v += d) {
+        int64_t k_at = h * head_elements(shape) + token / 16 * d * 16 + token % 16;
+        int64_t v_at = h * head_elements(shape) + BLOCK * d + token * dv16;
+        for (int64_t i = 0; i < d; i++)
+            if (shape.dtype == LR_F32) {
+                ((float *)block)[k_at + i * 16] = k[i];
+                ((float *)block)[v_at + i] = v[i];
+            } else {
+                ((uint16_t *)block)[k_at + i * 16] = to_bf16(k[i]);
+                ((uint16_t *)block)[v_at + i] = to_bf16(v[i]);
+            }
+    }
+}
+
+static void kv_store(const void *args, int64_t first, int64_t last)
 {
     const struct lr_kv_store_args *a = args;
-    int64_t d = a->shape.head_dim, dv16 = round16(d);
     for (int64_t row = first; row < last; row++) {
-        int64_t position = a->position + row, token = position % BLOCK;
-        void *block = a->blocks[position / BLOCK - a->position / BLOCK];
-        for (int64_t h = 0; h < a->shape.n_kv_heads; h++) {
-            const float *k = (const float *)a->k + row * a->k_stride + h * d;
-            const float *v = (const float *)a->v + row * a->v_stride + h * d;
-            int64_t k_at = h * head_elements(a->shape) + token / 16 * d * 16 + token % 16;
-            int64_t v_at = h * head_elements(a->shape) + BLOCK * d + token * dv16;
-            for (int64_t i = 0; i < d; i++)
-                if (a->shape.dtype == LR_F32) {
-                    ((float *)block)[k_at + i * 16] = k[i];
-                    ((float *)block)[v_at + i] = v[i];
-                } else {
-                    ((uint16_t *)block)[k_at + i * 16] = to_bf16(k[i]);
-                    ((uint16_t *)block)[v_at + i] = to_bf16(v[i]);
-                }
-        }
+        int64_t position = a->position + row;
+        store_token(a->shape, a->blocks[position / BLOCK - a->position / BLOCK], position % BLOCK,
+                    (const float *)a->k + row * a->k_stride, (const float *)a->v + row * a->v_stride);
     }
 }
 
 /* Rows per task are even shares of a panel's sixteen keys at least, so two tasks seldom write one line. */
 void LR_ISA(lr_kv_store)(const struct lr_exec *exec, const struct lr_kv_store_args *args)
+{
+    lr_run_rows(exec, args->n_rows, 2 * args->shape.n_kv_heads * args->shape.head_dim, kv_store, args);
+}
+
+static void kv_store_rows(const void *args, int64_t first, int64_t last)
+{
+    const struct lr_kv_store_rows_args *a = args;
+    for (int64_t row = first; row < last; row++)
+        if (a->blocks[row])
+            store_token(a->shape, a->blocks[row], a->positions[row] % BLOCK, (const float *)a->k + row * a->k_stride,
+                        (const float *)a->v + row * a->v_stride);
+}
+
+void LR_ISA(lr_kv_store_rows)(const struct lr_exec *exec, const struct lr_kv_store_rows_args *args)
 {
     lr_run_rows(exec, args->n_rows, 2 * args->shape.n_kv_heads * args->shape.head_dim, kv_store_rows, args);
 }
@@ -97,10 +115,14 @@ load_tile(const struct lr_attention_args *a, int64_t kv_head, int64_t first, int
             int64_t row = i * group + g, head = kv_head * group + g, at = (first + i) * a->shape.n_heads + head;
             memcpy(t->q + row * d, (const float *)a->q + (first + i) * a->q_stride + head * a->q_head_stride,
                    (size_t)d * sizeof *t->q);
-            memcpy(t->o + row * t->dv16, a->o + at * d, (size_t)d * sizeof *t->o);
-            memset(t->o + row * t->dv16 + d, 0, (size_t)(t->dv16 - d) * sizeof *t->o);
-            t->m[row] = a->m[at];
-            t->l[row] = a->l[at];
+            memset(t->o + row * t->dv16, 0, (size_t)t->dv16 * sizeof *t->o);
+            t->m[row] = -INFINITY;
+            t->l[row] = 0.0f;
+            if (!a->first) {
+                memcpy(t->o + row * t->dv16, a->o + at * d, (size_t)d * sizeof *t->o);
+                t->m[row] = a->m[at];
+                t->l[row] = a->l[at];
+            }
             t->positions[row] = a->positions[first + i];
         }
 }
@@ -111,7 +133,14 @@ static void store_tile(
     int64_t group = a->shape.n_heads / a->shape.n_kv_heads, d = a->shape.head_dim;
     for (int64_t i = 0; i < tokens; i++)
         for (int64_t g = 0; g < group; g++) {
-            int64_t row = i * group + g, at = (first + i) * a->shape.n_heads + kv_head * group + g;
+            int64_t row = i * group + g, head = kv_head * group + g, at = (first + i) * a->shape.n_heads + head;
+            if (a->y) {
+                float *y = (float *)a->y + (first + i) * a->y_stride + head * d;
+                const float *o = t->o + row * t->dv16;
+                for (int64_t j = 0; j < d; j++)
+                    y[j] = t->l[row] > 0.0f ? o[j] / t->l[row] : 0.0f;
+                continue;
+            }
             memcpy(a->o + at * d, t->o + row * t->dv16, (size_t)d * sizeof *t->o);
             a->m[at] = t->m[row];
             a->l[at] = t->l[row];
@@ -280,21 +309,51 @@ void LR_ISA(lr_attention)(const struct lr_exec *exec, const struct lr_attention_
     lr_pool_run(exec->pool, job.n_tiles * s.n_kv_heads, attention_task, &job);
 }
 
-static void finish_rows(const void *args, int64_t first, int64_t last)
+/* ---- partials of forks ---- */
+
+static void empty_partials(const struct lr_partials_args *a)
 {
-    const struct lr_attention_finish_args *a = args;
-    int64_t d = a->head_dim;
-    for (int64_t i = first; i < last; i++) {
-        float *y = (float *)a->y + i / a->n_heads * a->y_stride + i % a->n_heads * d;
-        const float *o = a->o + i * d;
-        for (int64_t j = 0; j < d; j++)
-            y[j] = a->l[i] > 0.0f ? o[j] / a->l[i] : 0.0f;
-    }
+    int64_t n = a->n_slots * a->n_rows * a->shape.n_heads;
+    for (int64_t i = 0; i < n; i++)
+        a->m[i] = -INFINITY;
+    memset(a->l, 0, (size_t)n * sizeof *a->l);
+    memset(a->o, 0, (size_t)(n * a->shape.head_dim) * sizeof *a->o);
 }
 
-void LR_ISA(lr_attention_finish)(const struct lr_exec *exec, const struct lr_attention_finish_args *args)
+void LR_ISA(lr_partials)(const struct lr_exec *exec, const struct lr_partials_args *args)
 {
-    lr_run_rows(exec, args->n_rows * args->n_heads, args->head_dim, finish_rows, args);
+    empty_partials(args);
+    for (int64_t i = 0; i < args->n_items; i++) {
+        const struct lr_partial_item *item = &args->items[i];
+        int64_t at = (item->slot * args->n_rows + item->first_row) * args->shape.n_heads;
+        struct lr_attention_args fold = {.shape = args->shape,
+                                         .q = (const float *)args->q + item->first_row * args->q_stride,
+                                         .q_stride = args->q_stride,
+                                         .q_head_stride = args->q_head_stride,
+                                         .n_rows = 1,
+                                         .positions = args->positions + item->first_row,
+                                         .scale = args->scale,
+                                         .lists = item->lists,
+                                         .n_lists = item->n_lists,
+                                         .first = 1,
+                                         .m = args->m + at,
+                                         .l = args->l + at,
+                                         .o = args->o + at * args->shape.head_dim};
+        if (item->n_lists == 1) {
+            fold.n_rows = item->n_rows;
+            LR_ISA(lr_attention)(exec, &fold);
+            continue;
+        }
+        /* lists that differ by KV head go with a query block: one row at a time */
+        for (int64_t row = 0; row < item->n_rows; row++) {
+            LR_ISA(lr_attention)(exec, &fold);
+            fold.q = (const float *)fold.q + args->q_stride;
+            fold.positions++;
+            fold.m += args->shape.n_heads;
+            fold.l += args->shape.n_heads;
+            fold.o += args->shape.n_heads * args->shape.head_dim;
+        }
+    }
 }
 
 /* ---- merging partials in an order-free way ---- */

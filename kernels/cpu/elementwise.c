@@ -68,7 +68,7 @@ void LR_ISA(lr_embed)(const struct lr_exec *exec,
                       int64_t d,
                       const int32_t *ids,
                       int64_t n_rows,
-                      lr_act *y)
+                      float *y)
 {
     struct embed_args args = {table, dtype, d, ids, y};
     lr_run_rows(exec, n_rows, d, embed_rows, &args);
@@ -179,6 +179,37 @@ static void conv_rows(const void *args, int64_t first, int64_t last)
 void LR_ISA(lr_conv)(const struct lr_exec *exec, const struct lr_conv_args *args)
 {
     lr_run_rows(exec, args->n_rows, args->n_channels, conv_rows, args);
+}
+
+/* One sequence a row: the convolution of its new input, then the tail moves on. */
+static void conv_step_rows(const void *args, int64_t first, int64_t last)
+{
+    const struct lr_conv_step_args *a = args;
+    size_t row_bytes = (size_t)a->n_channels * sizeof(float);
+    for (int64_t t = first; t < last; t++) {
+        float *tail = a->tails[t];
+        const float *x = (const float *)a->x + t * a->x_stride;
+        struct lr_conv_args one = {.x = x,
+                                   .x_stride = a->x_stride,
+                                   .w = a->w,
+                                   .tail = tail,
+                                   .y = (float *)a->y + t * a->y_stride,
+                                   .y_stride = a->y_stride,
+                                   .n_rows = 1,
+                                   .n_channels = a->n_channels,
+                                   .n_taps = a->n_taps,
+                                   .activation = a->activation};
+        conv_rows(&one, 0, 1);
+        if (a->n_taps < 2)
+            continue;
+        memmove(tail, tail + a->n_channels, (size_t)(a->n_taps - 2) * row_bytes);
+        memcpy(tail + (a->n_taps - 2) * a->n_channels, x, row_bytes);
+    }
+}
+
+void LR_ISA(lr_conv_step)(const struct lr_exec *exec, const struct lr_conv_step_args *args)
+{
+    lr_run_rows(exec, args->n_rows, args->n_channels * args->n_taps, conv_step_rows, args);
 }
 
 static void l2norm_rows(const void *args, int64_t first, int64_t last)

@@ -8,7 +8,7 @@
 #include "kernels/cpu/math.h"
 
 struct experts_job {
-    const struct lr_experts_args *args;
+    const struct lr_experts_args *args; /* with offsets */
     int64_t hidden_groups, out_groups; /* column groups of the two passes; 1 and 1 when fused */
 };
 
@@ -19,7 +19,7 @@ static int64_t find_block(const struct lr_experts_args *e, int64_t block, int64_
         int64_t n = e->offsets[x + 1] - e->offsets[x];
         int64_t blocks = (n + LR_GEMM_ROWS - 1) / LR_GEMM_ROWS;
         if (block < blocks) {
-            *row = e->offsets[x] + block * LR_GEMM_ROWS;
+            *row = e->offsets[x] - e->offsets[0] + block * LR_GEMM_ROWS;
             *rows = n - block * LR_GEMM_ROWS < LR_GEMM_ROWS ? n - block * LR_GEMM_ROWS : LR_GEMM_ROWS;
             return x;
         }
@@ -109,7 +109,12 @@ static void out_task(void *context, int64_t task, int thread)
 
 void LR_ISA(lr_experts)(const struct lr_exec *exec, const struct lr_experts_args *args)
 {
-    int64_t n_blocks = 0;
+    int64_t all[2] = {0, args->n_rows}, n_blocks = 0;
+    struct lr_experts_args one = *args;
+    if (!args->offsets) {
+        one.offsets = all;
+        args = &one;
+    }
     for (int64_t x = 0; x < args->n_experts; x++)
         n_blocks += (args->offsets[x + 1] - args->offsets[x] + LR_GEMM_ROWS - 1) / LR_GEMM_ROWS;
     if (n_blocks == 0)

@@ -33,7 +33,7 @@ static void router_rows(const void *args, int64_t first, int64_t last)
     for (int64_t t = first; t < last; t++) {
         int32_t *ids = r->ids + t * r->top_k;
         float *weights = r->weights + t * r->top_k, sum = 0.0f;
-        softmax((const float *)r->logits + t * r->n_experts, r->n_experts, p);
+        softmax(r->logits + t * r->n_experts, r->n_experts, p);
         for (int64_t k = 0; k < r->top_k; k++) {
             int32_t best = -1;
             float best_p = -1.0f; /* a taken expert has -1 as well; a NaN is never better */
@@ -68,34 +68,52 @@ void LR_ISA(lr_router)(const struct lr_exec *exec, const struct lr_router_args *
     lr_run_rows(exec, args->n_rows, args->n_experts * (args->top_k + 4), router_rows, args);
 }
 
+void LR_ISA(lr_expert_sort)(const struct lr_exec *exec, const struct lr_expert_sort_args *args)
+{
+    (void)exec;
+    int64_t next[LR_MAX_EXPERTS], n = args->n_rows * args->top_k;
+    memset(args->offsets, 0, (size_t)(args->n_experts + 1) * sizeof *args->offsets);
+    for (int64_t i = 0; i < n; i++)
+        args->offsets[args->ids[i] + 1]++;
+    for (int64_t e = 0; e < args->n_experts; e++) {
+        next[e] = args->offsets[e];
+        args->offsets[e + 1] += args->offsets[e];
+    }
+    for (int64_t i = 0; i < n; i++) {
+        int64_t row = next[args->ids[i]]++;
+        args->order[row] = i / args->top_k;
+        args->row_of[i] = row;
+    }
+}
+
 struct gather_args {
-    const float *x;
-    int64_t d;
+    const char *x;
+    size_t row_bytes;
     const int64_t *rows;
-    float *y;
+    char *y;
 };
 
 static void gather_rows(const void *args, int64_t first, int64_t last)
 {
     const struct gather_args *g = args;
     for (int64_t i = first; i < last; i++)
-        memcpy(g->y + i * g->d, g->x + g->rows[i] * g->d, (size_t)g->d * sizeof *g->y);
+        memcpy(g->y + (size_t)i * g->row_bytes, g->x + (size_t)g->rows[i] * g->row_bytes, g->row_bytes);
 }
 
 void LR_ISA(lr_gather_rows)(
-    const struct lr_exec *exec, const lr_act *x, int64_t d, const int64_t *rows, int64_t n_rows, lr_act *y)
+    const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows, int64_t n_rows, void *y)
 {
-    struct gather_args args = {x, d, rows, y};
-    lr_run_rows(exec, n_rows, d, gather_rows, &args);
+    struct gather_args args = {x, row_bytes, rows, y};
+    lr_run_rows(exec, n_rows, (int64_t)(row_bytes / sizeof(float)), gather_rows, &args);
 }
 
 static void combine_rows(const void *args, int64_t first, int64_t last)
 {
     const struct lr_moe_combine_args *c = args;
     for (int64_t t = first; t < last; t++) {
-        float *x = (float *)c->x + t * c->d;
+        float *x = c->x + t * c->d;
         const float *shared = c->shared ? (const float *)c->shared + t * c->d : NULL;
-        float factor = shared && c->shared_gate ? sigmoid_1(((const float *)c->shared_gate)[t]) : 1.0f;
+        float factor = shared && c->shared_gate ? sigmoid_1(c->shared_gate[t]) : 1.0f;
         for (int64_t j = 0; j < c->d; j += 16) {
             int64_t n = c->d - j < 16 ? c->d - j : 16;
             lr_v16 sum = v_zero();

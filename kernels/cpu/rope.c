@@ -1,6 +1,6 @@
 /* Rotary tables. Sine and cosine are our own: no libm decides our bits, and the angle of token ten million keeps its
  * digits because everything up to the last rounding is float64. */
-#include "kernels/ops.h"
+#include "kernels/cpu/cpu.h"
 
 #include <math.h>
 
@@ -70,4 +70,17 @@ void lr_rope_table(const int64_t *positions,
             cos_out[t * n_freq + j] = (float)(cosine * factor);
             sin_out[t * n_freq + j] = (float)(sine * factor);
         }
+}
+
+void lr_cpu_rope_table(const struct lr_exec *exec,
+                       const int64_t *positions,
+                       int64_t n_rows,
+                       const double *inv_freq,
+                       int64_t n_freq,
+                       double factor,
+                       float *cos_out,
+                       float *sin_out)
+{
+    (void)exec;
+    lr_rope_table(positions, n_rows, inv_freq, n_freq, factor, cos_out, sin_out);
 }

@@ -20,6 +20,12 @@ LR_MUST_USE enum lr_status lr_kernels_cuda_open(int device,
                                                 struct lr_error *err);
 void lr_kernels_cuda_close(struct lr_exec *exec);
 
+/* Called again and again while memory.download and memory.wait wait for the device (and where an upload waits for the
+ * ring); a status other than LR_OK ends the wait with it: how a deadline or a lost worker gets in. NULL: none. `idle`
+ * fills err on failure. The device may still be at work then, and only closing is safe. */
+typedef enum lr_status lr_cuda_idle(void *context, struct lr_error *err);
+void lr_cuda_set_idle(struct lr_exec *exec, lr_cuda_idle *idle, void *context);
+
 /* "NVIDIA H100 80GB HBM3", of the opened device. */
 const char *lr_cuda_device_name(const struct lr_exec *exec);
 

@@ -14,7 +14,6 @@
 #include "worker/layers/attention_impl.h"
 
 #include <math.h>
-#include <string.h>
 
 /* ---- projections
  * --------------------------------------------------------------------------------------------------
@@ -29,7 +28,7 @@ static struct lr_projection project(const struct lr_step *step, const struct lr_
     struct lr_projection p = {.stride = lr_attention_columns(dims)};
     p.k = 2 * dims->n_heads * dims->head_dim;
     p.v = p.k + dims->n_kv_heads * dims->head_dim;
-    p.rows = LR_STEP_ARRAY(session, float, step->n_rows *p.stride);
+    p.rows = lr_step_act(session, step->n_rows * p.stride);
     struct lr_gemm_args in = {.a = step->h,
                               .a_stride = dims->d,
                               .w = &w->in,
@@ -50,7 +49,7 @@ static struct lr_projection project(const struct lr_step *step, const struct lr_
                                      .sin = step->sin,
                                      .eps = dims->norm_eps};
     engine->ops->norm_rope(&engine->exec, &rope);
-    rope.x = p.rows + p.k;
+    rope.x = lr_act_at(engine->ops, p.rows, p.k);
     rope.n_heads = dims->n_kv_heads;
     rope.head_stride = dims->head_dim;
     rope.w = w->k_norm;
@@ -61,14 +60,14 @@ static struct lr_projection project(const struct lr_step *step, const struct lr_
 /* attended [n, n_heads * head_dim] * sigmoid(gate) -> out projection, added to the residual stream.
  */
 static void
-finish(const struct lr_step *step, const struct lr_layer *layer, const struct lr_projection *p, float *attended)
+finish(const struct lr_step *step, const struct lr_layer *layer, const struct lr_projection *p, lr_act *attended)
 {
     const struct lr_engine *engine = step->session->engine;
     const struct lr_model_dims *dims = &engine->model.dims;
     int64_t width = dims->n_heads * dims->head_dim;
     struct lr_sigmoid_gate_args gate = {.x = attended,
                                         .x_stride = width,
-                                        .gate = p->rows + dims->head_dim,
+                                        .gate = lr_act_at(engine->ops, p->rows, dims->head_dim),
                                         .gate_stride = p->stride,
                                         .gate_head_stride = 2 * dims->head_dim,
                                         .y = attended,
@@ -84,27 +83,24 @@ finish(const struct lr_step *step, const struct lr_layer *layer, const struct lr
                                .y = step->x,
                                .y_stride = dims->d,
                                .n_rows = step->n_rows,
-                               .accumulate = 1};
+                               .accumulate = 1,
+                               .wide = 1};
     engine->ops->gemm(&engine->exec, &out);
 }
 
-struct lr_softmax lr_softmax_start(struct lr_session *session, int64_t n_rows)
+struct lr_softmax lr_softmax_take(struct lr_session *session, int64_t n_rows)
 {
     const struct lr_model_dims *dims = &session->engine->model.dims;
     int64_t n = n_rows * dims->n_heads;
-    struct lr_softmax softmax = {.m = LR_STEP_ARRAY(session, float, n),
-                                 .l = LR_STEP_ARRAY(session, float, n),
-                                 .o = LR_STEP_ARRAY(session, float, n * dims->head_dim)};
-    for (int64_t i = 0; i < n; i++)
-        softmax.m[i] = -INFINITY;
-    memset(softmax.l, 0, (size_t)n * sizeof(float));
-    memset(softmax.o, 0, (size_t)(n * dims->head_dim) * sizeof(float));
-    return softmax;
+    return (struct lr_softmax){.m = LR_STEP_TENSOR(session, float, n),
+                               .l = LR_STEP_TENSOR(session, float, n),
+                               .o = LR_STEP_TENSOR(session, float, n * dims->head_dim)};
 }
 
 size_t lr_softmax_bytes(const struct lr_model_dims *dims, int64_t n_rows)
 {
-    return (size_t)(n_rows * dims->n_heads * (dims->head_dim + 2)) * sizeof(float) + 256;
+    int64_t n = n_rows * dims->n_heads;
+    return 2 * lr_tensor_bytes(n, sizeof(float)) + lr_tensor_bytes(n * dims->head_dim, sizeof(float));
 }
 
 struct lr_attention_args
@@ -120,6 +116,7 @@ lr_attention_call(const struct lr_step *step, const struct lr_projection *p, con
                                       .positions = step->positions,
                                       .scale = 1.0f / sqrtf((float)dims->head_dim),
                                       .n_lists = 1,
+                                      .first = 1,
                                       .m = softmax->m,
                                       .l = softmax->l,
                                       .o = softmax->o};
@@ -128,22 +125,12 @@ lr_attention_call(const struct lr_step *step, const struct lr_projection *p, con
 static enum lr_status prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
 {
     struct lr_session *session = step->session;
-    const struct lr_engine *engine = session->engine;
-    const struct lr_model_dims *dims = &engine->model.dims;
+    const struct lr_model_dims *dims = &session->engine->model.dims;
     struct lr_projection p = project(step, layer);
-    struct lr_softmax softmax = lr_softmax_start(session, step->n_rows);
-    LR_TRY(lr_attend_document(step, layer->mixer_index, &p, &softmax, err));
-    if (step->n_rows == 0)
-        return LR_OK;
-    struct lr_attention_finish_args done = {.l = softmax.l,
-                                            .o = softmax.o,
-                                            .y = softmax.o,
-                                            .y_stride = dims->n_heads * dims->head_dim,
-                                            .n_rows = step->n_rows,
-                                            .n_heads = dims->n_heads,
-                                            .head_dim = dims->head_dim};
-    engine->ops->attention_finish(&engine->exec, &done);
-    finish(step, layer, &p, softmax.o);
+    lr_act *y = lr_step_act(session, step->n_rows * dims->n_heads * dims->head_dim);
+    LR_TRY(lr_attend_document(step, layer->mixer_index, &p, y, err));
+    if (step->n_rows > 0)
+        finish(step, layer, &p, y);
     return LR_OK;
 }
 
@@ -152,31 +139,38 @@ static enum lr_status extend(struct lr_step *step, const struct lr_layer *layer,
     struct lr_session *session = step->session;
     const struct lr_model_dims *dims = &session->engine->model.dims;
     struct lr_projection p = project(step, layer);
-    float *y = LR_STEP_ARRAY(session, float, step->n_rows * dims->n_heads * dims->head_dim);
+    lr_act *y = lr_step_act(session, step->n_rows * dims->n_heads * dims->head_dim);
     LR_TRY(lr_attend_forks(step, layer->mixer_index, &p, y, err));
     finish(step, layer, &p, y);
     return LR_OK;
 }
 
-static size_t prefill_bytes(const struct lr_model_dims *dims,
-                            const struct lr_kernel_ops *ops,
-                            int n_workers,
-                            const struct lr_session_options *options)
+/* The projection and the attended rows. */
+static size_t row_bytes_of(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int64_t n_rows)
 {
-    size_t rows = (size_t)options->segment_tokens;
-    return rows * (size_t)lr_attention_columns(dims) * sizeof(float) + lr_softmax_bytes(dims, options->segment_tokens) +
-           lr_attend_document_bytes(dims, ops, n_workers, options) + 4096;
+    return lr_tensor_bytes(n_rows * lr_attention_columns(dims), lr_act_bytes(ops)) +
+           lr_tensor_bytes(n_rows * dims->n_heads * dims->head_dim, lr_act_bytes(ops));
 }
 
-static size_t extend_bytes(const struct lr_model_dims *dims,
-                           const struct lr_kernel_ops *ops,
-                           int n_workers,
-                           const struct lr_session_options *options,
-                           int64_t n_rows)
+static struct lr_step_bytes prefill_bytes(const struct lr_model_dims *dims,
+                                          const struct lr_kernel_ops *ops,
+                                          int n_workers,
+                                          const struct lr_session_options *options)
 {
-    (void)ops;
-    size_t columns = (size_t)(lr_attention_columns(dims) + dims->n_heads * dims->head_dim);
-    return (size_t)n_rows * columns * sizeof(float) + lr_attend_forks_bytes(dims, n_workers, options, n_rows) + 4096;
+    struct lr_step_bytes bytes = lr_attend_document_bytes(dims, ops, n_workers, options);
+    bytes.tensors += row_bytes_of(dims, ops, options->segment_tokens);
+    return bytes;
+}
+
+static struct lr_step_bytes extend_bytes(const struct lr_model_dims *dims,
+                                         const struct lr_kernel_ops *ops,
+                                         int n_workers,
+                                         const struct lr_session_options *options,
+                                         int64_t n_rows)
+{
+    struct lr_step_bytes bytes = lr_attend_forks_bytes(dims, n_workers, options, n_rows);
+    bytes.tensors += row_bytes_of(dims, ops, n_rows);
+    return bytes;
 }
 
 const struct lr_layer_ops lr_attention_layer = {

@@ -7,38 +7,38 @@
 /* ---- document: storing KV
  * ----------------------------------------------------------------------------------------- */
 
-static void
-summarize_blocks(struct lr_session *session, int64_t layer, int64_t first_block, int64_t end_token, float *means)
+/* Summaries of the segment's blocks; `means` may be NULL. */
+static void summarize_blocks(
+    struct lr_session *session, int64_t layer, int64_t first_block, int64_t end_token, float *means)
 {
     const struct lr_engine *engine = session->engine;
     int64_t size = session->kv_shape.n_kv_heads * session->kv_shape.head_dim;
     int64_t n_blocks = lr_ceil_div(end_token, LR_BLOCK) - first_block;
     int64_t per_segment = lr_blocks_per_segment(session);
     int64_t local = first_block / per_segment / engine->comm->size * per_segment;
-    for (int64_t i = 0; i < n_blocks; i++) {
-        int64_t block = first_block + i;
-        struct lr_kv_ref ref = {.data = lr_session_block(session, layer, block),
-                                .position = block * LR_BLOCK,
-                                .n_keys = (int32_t)lr_min_i64(end_token - block * LR_BLOCK, LR_BLOCK)};
-        int64_t page = (layer * session->local_blocks + local + i) * size;
-        struct lr_block_summary_args args = {.shape = session->kv_shape,
-                                             .blocks = &ref,
-                                             .n_blocks = 1,
-                                             .mean = means ? means + i * size : NULL,
-                                             .min = session->page_min ? session->page_min + page : NULL,
-                                             .max = session->page_max ? session->page_max + page : NULL};
-        engine->ops->block_summary(&engine->exec, &args);
-    }
+    int64_t page = (layer * session->local_blocks + local) * size;
+    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n_blocks);
+    for (int64_t i = 0; i < n_blocks; i++)
+        refs[i] = (struct lr_kv_ref){.data = lr_session_block(session, layer, first_block + i),
+                                     .position = (first_block + i) * LR_BLOCK,
+                                     .n_keys = (int32_t)lr_min_i64(end_token - (first_block + i) * LR_BLOCK, LR_BLOCK)};
+    struct lr_block_summary_args args = {.shape = session->kv_shape,
+                                         .blocks = refs,
+                                         .n_blocks = n_blocks,
+                                         .mean = means,
+                                         .min = session->page_min ? session->page_min + page : NULL,
+                                         .max = session->page_max ? session->page_max + page : NULL};
+    engine->ops->block_summary(&engine->exec, &args);
 }
 
 /* Means of the wave's blocks, from everyone to everyone, into session->block_means. */
 static enum lr_status share_means(struct lr_step *step, int64_t layer, const float *mine, struct lr_error *err)
 {
     struct lr_session *session = step->session;
-    struct lr_comm *comm = session->engine->comm;
+    struct lr_comm *comm = session->engine->links;
     int64_t size = session->kv_shape.n_kv_heads * session->kv_shape.head_dim;
     int64_t n_blocks = lr_ceil_div(session->options.max_tokens, LR_BLOCK);
-    size_t *sizes = LR_STEP_ARRAY(session, size_t, comm->size);
+    size_t *sizes = LR_STEP_TABLE(session, size_t, comm->size);
     for (int r = 0; r < comm->size; r++)
         sizes[r] = (size_t)(lr_ceil_div(lr_wave_length(step->wave, r), LR_BLOCK) * size) * sizeof(float);
     float *all = session->block_means + (layer * n_blocks + step->wave->first / LR_BLOCK) * size;
@@ -51,13 +51,13 @@ static enum lr_status store_kv(struct lr_step *step, int64_t layer, const struct
     const struct lr_engine *engine = session->engine;
     int64_t start = lr_wave_start(step->wave, engine->comm->rank), n = step->n_rows;
     int64_t n_blocks = lr_ceil_div(n, LR_BLOCK);
-    void **blocks = LR_STEP_ARRAY(session, void *, n_blocks);
+    void **blocks = LR_STEP_TABLE(session, void *, n_blocks);
     for (int64_t i = 0; i < n_blocks; i++)
         blocks[i] = lr_session_block(session, layer, start / LR_BLOCK + i);
     struct lr_kv_store_args args = {.shape = session->kv_shape,
-                                    .k = p->rows + p->k,
+                                    .k = lr_act_at(engine->ops, p->rows, p->k),
                                     .k_stride = p->stride,
-                                    .v = p->rows + p->v,
+                                    .v = lr_act_at(engine->ops, p->rows, p->v),
                                     .v_stride = p->stride,
                                     .n_rows = n,
                                     .position = start,
@@ -67,7 +67,7 @@ static enum lr_status store_kv(struct lr_step *step, int64_t layer, const struct
     if (!session->block_means && !session->page_min)
         return LR_OK;
     int64_t size = session->kv_shape.n_kv_heads * session->kv_shape.head_dim;
-    float *means = session->block_means ? LR_STEP_ARRAY(session, float, (n_blocks + 1) * size) : NULL;
+    float *means = session->block_means ? LR_STEP_TENSOR(session, float, (n_blocks + 1) * size) : NULL;
     if (n > 0)
         summarize_blocks(session, layer, start / LR_BLOCK, start + n, means);
     return means ? share_means(step, layer, means, err) : LR_OK;
@@ -95,7 +95,7 @@ static enum lr_status start_row(const struct lr_step *step,
                                 struct lr_error *err)
 {
     const struct lr_session *session = step->session;
-    struct lr_comm *comm = session->engine->comm;
+    struct lr_comm *comm = session->engine->links;
     int64_t block = (row * comm->size + comm->rank) * lr_blocks_per_segment(session);
     row_sizes(step, row, sizes);
     const char *mine = sizes[comm->rank] ? lr_session_block(session, layer, block) : NULL;
@@ -122,26 +122,32 @@ attend_full_ring(struct lr_step *step, int64_t layer, struct lr_attention_args *
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
-    int64_t row_blocks = lr_min_i64(engine->comm->size * lr_blocks_per_segment(session),
+    struct lr_comm *links = engine->links;
+    int64_t row_blocks = lr_min_i64(links->size * lr_blocks_per_segment(session),
                                     lr_ceil_div(session->options.max_tokens, LR_BLOCK));
     char *buffers[2];
     size_t *sizes[2];
     struct lr_comm_request requests[2] = {0};
     for (int i = 0; i < 2; i++) {
-        buffers[i] = LR_STEP_ARRAY(session, char, (size_t)row_blocks * session->block_bytes);
-        sizes[i] = LR_STEP_ARRAY(session, size_t, engine->comm->size);
+        buffers[i] = LR_STEP_TENSOR(session, char, (size_t)row_blocks * session->block_bytes);
+        sizes[i] = LR_STEP_TABLE(session, size_t, links->size);
     }
-    struct lr_kv_ref *refs = LR_STEP_ARRAY(session, struct lr_kv_ref, row_blocks);
+    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, row_blocks);
+    lr_act *y = args->y;
     LR_TRY(start_row(step, layer, 0, buffers[0], sizes[0], &requests[0], err));
     for (int64_t row = 0; row <= step->wave->index; row++) {
         int now = (int)(row & 1), next = 1 - now;
-        LR_TRY(lr_comm_wait(engine->comm, &requests[now], err));
+        LR_TRY(lr_comm_wait(links, &requests[now], err));
         if (row < step->wave->index)
             LR_TRY(start_row(step, layer, row + 1, buffers[next], sizes[next], &requests[next], err));
+        if (step->n_rows == 0)
+            continue;
+        /* the last row holds my own segment, so there is something to fold in every row */
         struct lr_kv_list list = {.refs = refs, .n_refs = row_refs(step, row, buffers[now], refs)};
         args->lists = &list;
-        if (step->n_rows > 0 && list.n_refs > 0)
-            engine->ops->attention(&engine->exec, args);
+        args->first = row == 0;
+        args->y = row == step->wave->index ? y : NULL;
+        engine->ops->attention(&engine->exec, args);
     }
     return LR_OK;
 }
@@ -153,7 +159,7 @@ static void attend_full_alone(struct lr_step *step, int64_t layer, struct lr_att
     struct lr_engine *engine = session->engine;
     int64_t end = step->wave->end;
     struct lr_kv_list list = {.n_refs = lr_ceil_div(end, LR_BLOCK)};
-    struct lr_kv_ref *refs = LR_STEP_ARRAY(session, struct lr_kv_ref, list.n_refs);
+    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, list.n_refs);
     for (int64_t i = 0; i < list.n_refs; i++)
         refs[i] = (struct lr_kv_ref){.data = lr_session_block(session, layer, i),
                                      .position = i * LR_BLOCK,
@@ -213,7 +219,7 @@ static int64_t list_fixed_needs(const struct lr_step *step, int rank, int32_t *b
 static int64_t merge_chosen(
     struct lr_session *session, const int32_t *chosen, int64_t n_chosen, int32_t *blocks, int64_t n, int64_t end_block)
 {
-    unsigned char *wanted = LR_STEP_ARRAY(session, unsigned char, end_block);
+    unsigned char *wanted = LR_STEP_TABLE(session, unsigned char, end_block);
     memset(wanted, 0, (size_t)end_block);
     for (int64_t i = 0; i < n; i++)
         wanted[blocks[i]] = 1;
@@ -233,20 +239,20 @@ list_needs(struct lr_step *step, const int32_t *chosen, int64_t n_chosen, struct
     struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->comm;
     int64_t most = most_needs(&session->options, &session->engine->model.dims);
-    needs->first = LR_STEP_ARRAY(session, int64_t, comm->size + 1);
-    needs->blocks = LR_STEP_ARRAY(session, int32_t, comm->size * most);
+    needs->first = LR_STEP_TABLE(session, int64_t, comm->size + 1);
+    needs->blocks = LR_STEP_TABLE(session, int32_t, comm->size * most);
     needs->first[0] = 0;
     if (session->options.top_k_blocks == 0) {
         for (int r = 0; r < comm->size; r++)
             needs->first[r + 1] = needs->first[r] + list_fixed_needs(step, r, needs->blocks + needs->first[r]);
         return LR_OK;
     }
-    int32_t *mine = LR_STEP_ARRAY(session, int32_t, most);
+    int32_t *mine = LR_STEP_TABLE(session, int32_t, most);
     int64_t n = list_fixed_needs(step, comm->rank, mine);
     n = merge_chosen(session, chosen, n_chosen, mine, n, reach_of(step, comm->rank).end + 1);
-    int64_t *counts = LR_STEP_ARRAY(session, int64_t, comm->size);
+    int64_t *counts = LR_STEP_TABLE(session, int64_t, comm->size);
     LR_TRY(lr_comm_all_gather(comm, "number of needed blocks", &n, sizeof n, counts, err));
-    size_t *sizes = LR_STEP_ARRAY(session, size_t, comm->size);
+    size_t *sizes = LR_STEP_TABLE(session, size_t, comm->size);
     for (int r = 0; r < comm->size; r++) {
         sizes[r] = (size_t)counts[r] * sizeof(int32_t);
         needs->first[r + 1] = needs->first[r] + counts[r];
@@ -259,9 +265,10 @@ static enum lr_status
 fetch_needs(struct lr_step *step, int64_t layer, const struct needs *needs, const char **where, struct lr_error *err)
 {
     struct lr_session *session = step->session;
-    struct lr_comm *comm = session->engine->comm;
-    size_t *send = LR_STEP_ARRAY(session, size_t, comm->size);
-    size_t *receive = LR_STEP_ARRAY(session, size_t, comm->size);
+    const struct lr_engine *engine = session->engine;
+    struct lr_comm *comm = engine->links;
+    size_t *send = LR_STEP_TABLE(session, size_t, comm->size);
+    size_t *receive = LR_STEP_TABLE(session, size_t, comm->size);
     memset(send, 0, (size_t)comm->size * sizeof *send);
     memset(receive, 0, (size_t)comm->size * sizeof *receive);
     int64_t n_send = 0, n_receive = 0;
@@ -273,8 +280,8 @@ fetch_needs(struct lr_step *step, int64_t layer, const struct needs *needs, cons
             if (owner != comm->rank && r == comm->rank)
                 receive[owner] += session->block_bytes, n_receive++;
         }
-    char *outgoing = LR_STEP_ARRAY(session, char, (size_t)n_send * session->block_bytes);
-    char *fetched = LR_STEP_ARRAY(session, char, (size_t)n_receive * session->block_bytes);
+    char *outgoing = LR_STEP_TENSOR(session, char, (size_t)n_send * session->block_bytes);
+    char *fetched = LR_STEP_TENSOR(session, char, (size_t)n_receive * session->block_bytes);
     if (!outgoing || !fetched)
         return lr_fail(err, LR_INTERNAL, "workspace for %lld + %lld travelling blocks was not planned",
                        (long long)n_send, (long long)n_receive);
@@ -282,11 +289,12 @@ fetch_needs(struct lr_step *step, int64_t layer, const struct needs *needs, cons
     for (int r = 0; r < comm->size; r++)
         for (int64_t i = needs->first[r]; r != comm->rank && i < needs->first[r + 1]; i++)
             if (lr_session_block_owner(session, needs->blocks[i]) == comm->rank) {
-                memcpy(next, lr_session_block(session, layer, needs->blocks[i]), session->block_bytes);
+                engine->ops->memory.copy(&engine->exec, next, lr_session_block(session, layer, needs->blocks[i]),
+                                         session->block_bytes);
                 next += session->block_bytes;
             }
     LR_TRY(lr_comm_all_to_all_v(comm, "kv blocks", outgoing, send, fetched, receive, err));
-    size_t *offsets = LR_STEP_ARRAY(session, size_t, comm->size);
+    size_t *offsets = LR_STEP_TABLE(session, size_t, comm->size);
     size_t offset = 0;
     for (int r = 0; r < comm->size; r++) {
         offsets[r] = offset;
@@ -342,12 +350,13 @@ static struct lr_kv_list *chosen_lists(
     int64_t start = lr_wave_start(step->wave, session->engine->comm->rank);
     int64_t n_query_blocks = lr_ceil_div(step->n_rows, LR_BLOCK);
     int64_t most = most_refs(o);
-    struct lr_kv_list *lists = LR_STEP_ARRAY(session, struct lr_kv_list, n_query_blocks * kv_heads);
+    struct lr_kv_ref *all_refs = LR_STEP_TABLE(session, struct lr_kv_ref, n_query_blocks * kv_heads * most);
+    struct lr_kv_list *lists = LR_STEP_TABLE(session, struct lr_kv_list, n_query_blocks * kv_heads);
     for (int64_t i = 0; i < n_query_blocks * kv_heads; i++) {
         int64_t query_block = start / LR_BLOCK + i / kv_heads;
         int64_t window_first = lr_max_i64(0, query_block * LR_BLOCK - o->window + 1) / LR_BLOCK;
         int64_t sink_end = lr_min_i64(lr_ceil_div(o->sinks, LR_BLOCK), window_first);
-        struct lr_kv_ref *refs = LR_STEP_ARRAY(session, struct lr_kv_ref, most);
+        struct lr_kv_ref *refs = all_refs + i * most;
         int64_t m = 0;
         for (int64_t b = 0; b < sink_end; b++)
             refs[m++] = make_ref(step, b, where[find_need(blocks, n, (int32_t)b)], 0);
@@ -363,14 +372,16 @@ static struct lr_kv_list *chosen_lists(
     return lists;
 }
 
-static int32_t *select_blocks(struct lr_step *step, int64_t layer, const struct lr_projection *p)
+/* chosen[query block][KV head][top_k], on the host. */
+static enum lr_status select_blocks(
+    struct lr_step *step, int64_t layer, const struct lr_projection *p, const int32_t **chosen, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
     const struct lr_session_options *o = &session->options;
     int64_t kv_heads = session->kv_shape.n_kv_heads;
     int64_t n_lists = lr_ceil_div(step->n_rows, LR_BLOCK) * kv_heads;
-    int32_t *chosen = LR_STEP_ARRAY(session, int32_t, n_lists * o->top_k_blocks);
+    int32_t *selected = LR_STEP_TENSOR(session, int32_t, n_lists * o->top_k_blocks);
     int64_t all_blocks = lr_ceil_div(o->max_tokens, LR_BLOCK);
     int64_t start = lr_wave_start(step->wave, engine->comm->rank);
     struct lr_block_select_args args = {.shape = session->kv_shape,
@@ -385,10 +396,13 @@ static int32_t *select_blocks(struct lr_step *step, int64_t layer, const struct 
                                                        layer * all_blocks * kv_heads * session->kv_shape.head_dim,
                                         .n_blocks = lr_ceil_div(start + step->n_rows, LR_BLOCK),
                                         .top_k = o->top_k_blocks,
-                                        .chosen = chosen};
+                                        .chosen = selected};
     if (step->n_rows > 0)
         engine->ops->block_select(&engine->exec, &args);
-    return chosen;
+    const void *view;
+    LR_TRY(lr_step_view(session, selected, (size_t)(n_lists * o->top_k_blocks) * sizeof *selected, &view, err));
+    *chosen = view;
+    return LR_OK;
 }
 
 /* Chosen blocks are whole and lie before every query of their query block. */
@@ -411,13 +425,15 @@ static enum lr_status attend_sparse(struct lr_step *step,
     struct lr_engine *engine = session->engine;
     int64_t k = session->options.top_k_blocks;
     int64_t n_chosen = lr_ceil_div(step->n_rows, LR_BLOCK) * session->kv_shape.n_kv_heads * k;
-    int32_t *chosen = k > 0 ? select_blocks(step, layer, p) : NULL;
+    const int32_t *chosen = NULL;
+    if (k > 0)
+        LR_TRY(select_blocks(step, layer, p, &chosen, err));
     struct needs needs;
     LR_TRY(list_needs(step, chosen, n_chosen, &needs, err));
     int64_t first = needs.first[engine->comm->rank];
     int64_t n = needs.first[engine->comm->rank + 1] - first;
     const int32_t *blocks = needs.blocks + first;
-    const char **where = LR_STEP_ARRAY(session, const char *, n);
+    const char **where = LR_STEP_TABLE(session, const char *, n);
     LR_TRY(fetch_needs(step, layer, &needs, where, err));
     if (step->n_rows == 0)
         return LR_OK;
@@ -429,7 +445,7 @@ static enum lr_status attend_sparse(struct lr_step *step,
         args->n_lists = lr_ceil_div(step->n_rows, LR_BLOCK) * session->kv_shape.n_kv_heads;
         count_chosen_pairs(step, chosen, n_chosen);
     } else {
-        struct lr_kv_ref *refs = LR_STEP_ARRAY(session, struct lr_kv_ref, n);
+        struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n);
         for (int64_t i = 0; i < n; i++)
             refs[i] = make_ref(step, blocks[i], where[i], 0);
         list = (struct lr_kv_list){.refs = refs, .n_refs = n};
@@ -455,14 +471,14 @@ static void count_pairs(struct lr_step *step)
     }
 }
 
-enum lr_status lr_attend_document(struct lr_step *step,
-                                  int64_t layer,
-                                  const struct lr_projection *p,
-                                  const struct lr_softmax *softmax,
-                                  struct lr_error *err)
+enum lr_status lr_attend_document(
+    struct lr_step *step, int64_t layer, const struct lr_projection *p, lr_act *y, struct lr_error *err)
 {
     struct lr_session *session = step->session;
-    struct lr_attention_args args = lr_attention_call(step, p, softmax);
+    struct lr_softmax softmax = lr_softmax_take(session, step->n_rows);
+    struct lr_attention_args args = lr_attention_call(step, p, &softmax);
+    args.y = y;
+    args.y_stride = session->kv_shape.n_heads * session->kv_shape.head_dim;
     LR_TRY(store_kv(step, layer, p, err));
     count_pairs(step);
     if (session->options.attention == LR_ATTENTION_SPARSE)
@@ -485,32 +501,57 @@ static size_t most_travelling(const struct lr_model_dims *dims, int n_workers, c
     return (size_t)(away + (n_workers - 1) * lr_min_i64(away, held));
 }
 
-size_t lr_attend_document_bytes(const struct lr_model_dims *dims,
-                                const struct lr_kernel_ops *ops,
-                                int n_workers,
-                                const struct lr_session_options *options)
+/* Storing keys and values: pointers to blocks, and summaries. */
+static struct lr_step_bytes store_bytes(const struct lr_model_dims *dims, int n_workers, int64_t own)
+{
+    struct lr_step_bytes bytes = {
+        .tensors = lr_tensor_bytes((own + 1) * dims->n_kv_heads * dims->head_dim, sizeof(float)),
+        .tables = lr_tensor_bytes(own, sizeof(void *)) + lr_tensor_bytes(own, sizeof(struct lr_kv_ref)) +
+                  lr_tensor_bytes(n_workers, sizeof(size_t))};
+    return bytes;
+}
+
+static struct lr_step_bytes sparse_bytes(
+    const struct lr_model_dims *dims, size_t block_bytes, int n_workers, const struct lr_session_options *options)
+{
+    int64_t own = options->segment_tokens / LR_BLOCK, needs = most_needs(options, dims);
+    int64_t lists = options->top_k_blocks > 0 ? own * dims->n_kv_heads : 1;
+    int64_t chosen = lists * options->top_k_blocks;
+    struct lr_step_bytes bytes = {0};
+    bytes.tensors = lr_tensor_bytes((int64_t)most_travelling(dims, n_workers, options), block_bytes) +
+                    LR_ARENA_ALIGN_BYTES + lr_tensor_bytes(chosen, sizeof(int32_t));
+    bytes.tables = lr_tensor_bytes(n_workers + 1, sizeof(int64_t)) +
+                   lr_tensor_bytes((n_workers + 1) * needs, sizeof(int32_t)) +
+                   2 * lr_tensor_bytes(needs, sizeof(struct lr_kv_ref)) + 6 * lr_tensor_bytes(n_workers, sizeof(size_t)) +
+                   lr_tensor_bytes(lr_ceil_div(options->max_tokens, LR_BLOCK) + 2, 1) +
+                   lr_tensor_bytes(lists * most_refs(options), sizeof(struct lr_kv_ref)) +
+                   lr_tensor_bytes(lists, sizeof(struct lr_kv_list)) + lr_tensor_bytes(chosen, sizeof(int32_t));
+    return bytes;
+}
+
+struct lr_step_bytes lr_attend_document_bytes(const struct lr_model_dims *dims,
+                                              const struct lr_kernel_ops *ops,
+                                              int n_workers,
+                                              const struct lr_session_options *options)
 {
     struct lr_kv_shape shape = {.n_heads = dims->n_heads,
                                 .n_kv_heads = dims->n_kv_heads,
                                 .head_dim = dims->head_dim,
                                 .dtype = options->kv_dtype};
-    size_t workers = (size_t)n_workers, block = ops->kv_block_bytes(shape);
-    size_t own = (size_t)options->segment_tokens / LR_BLOCK;
-    size_t all = (size_t)lr_ceil_div(options->max_tokens, LR_BLOCK) + 1;
-    size_t bytes = own * sizeof(void *) + (own + 1) * (size_t)(dims->n_kv_heads * dims->head_dim) * sizeof(float);
+    size_t block = ops->kv_block_bytes(shape);
+    int64_t own = options->segment_tokens / LR_BLOCK, all = lr_ceil_div(options->max_tokens, LR_BLOCK);
+    struct lr_step_bytes bytes = store_bytes(dims, n_workers, own);
+    bytes.tensors += lr_softmax_bytes(dims, options->segment_tokens);
     if (options->attention == LR_ATTENTION_SPARSE) {
-        size_t needs = (size_t)most_needs(options, dims);
-        size_t lists = options->top_k_blocks > 0 ? own * (size_t)dims->n_kv_heads : 1;
-        size_t refs = (size_t)most_refs(options);
-        bytes += most_travelling(dims, n_workers, options) * block;
-        bytes += (workers + 1) * needs * sizeof(int32_t) + all;
-        bytes += needs * (sizeof(void *) + sizeof(struct lr_kv_ref));
-        bytes += lists * (refs * sizeof(struct lr_kv_ref) + 64 + sizeof(struct lr_kv_list) +
-                          (size_t)options->top_k_blocks * sizeof(int32_t));
+        struct lr_step_bytes sparse = sparse_bytes(dims, block, n_workers, options);
+        bytes.tensors += sparse.tensors;
+        bytes.tables += sparse.tables;
     } else if (n_workers > 1) {
-        bytes += workers * own * (2 * block + sizeof(struct lr_kv_ref));
+        int64_t row = lr_min_i64(n_workers * own, all);
+        bytes.tensors += 2 * lr_tensor_bytes(row, block);
+        bytes.tables += lr_tensor_bytes(row, sizeof(struct lr_kv_ref)) + 2 * lr_tensor_bytes(n_workers, sizeof(size_t));
     } else {
-        bytes += all * sizeof(struct lr_kv_ref);
+        bytes.tables += lr_tensor_bytes(all, sizeof(struct lr_kv_ref));
     }
-    return bytes + workers * 512 + 8192;
+    return bytes;
 }

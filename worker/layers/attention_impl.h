@@ -10,7 +10,7 @@ enum { LR_BLOCK = LR_KV_BLOCK_TOKENS };
 
 /* The projected rows [n, stride]: per query head q | gate, then k, then v at their offsets. */
 struct lr_projection {
-    float *rows;
+    lr_act *rows;
     int64_t stride, k, v;
 };
 
@@ -35,43 +35,45 @@ static inline int64_t lr_attention_columns(const struct lr_model_dims *dims)
     return 2 * (dims->n_heads + dims->n_kv_heads) * dims->head_dim;
 }
 
-/* Empty softmax of n_rows rows from the step's workspace. */
-struct lr_softmax lr_softmax_start(struct lr_session *session, int64_t n_rows);
+/* Softmax states of n_rows rows from the step's workspace, contents undefined. */
+struct lr_softmax lr_softmax_take(struct lr_session *session, int64_t n_rows);
 size_t lr_softmax_bytes(const struct lr_model_dims *dims, int64_t n_rows);
 
-/* Arguments that every attention call of a step shares; m, l, o of row 0 of `softmax`. */
+/* Arguments that every attention call of a document's step shares; nothing folded yet. */
 struct lr_attention_args
 lr_attention_call(const struct lr_step *step, const struct lr_projection *p, const struct lr_softmax *softmax);
 
-/* Stores the segment's KV and folds what its queries may see. Collective. */
-LR_MUST_USE enum lr_status lr_attend_document(struct lr_step *step,
-                                              int64_t layer,
-                                              const struct lr_projection *p,
-                                              const struct lr_softmax *softmax,
-                                              struct lr_error *err);
-size_t lr_attend_document_bytes(const struct lr_model_dims *dims,
-                                const struct lr_kernel_ops *ops,
-                                int n_workers,
-                                const struct lr_session_options *options);
+/* Stores the segment's KV and folds what its queries may see: y [n_rows, n_heads * head_dim]. Collective. */
+LR_MUST_USE enum lr_status lr_attend_document(
+    struct lr_step *step, int64_t layer, const struct lr_projection *p, lr_act *y, struct lr_error *err);
+struct lr_step_bytes lr_attend_document_bytes(const struct lr_model_dims *dims,
+                                              const struct lr_kernel_ops *ops,
+                                              int n_workers,
+                                              const struct lr_session_options *options);
 
 /* Stores the forks' KV and attends: y [n_rows, n_heads * head_dim]. Collective. */
 LR_MUST_USE enum lr_status
-lr_attend_forks(struct lr_step *step, int64_t layer, const struct lr_projection *p, float *y, struct lr_error *err);
-size_t lr_attend_forks_bytes(const struct lr_model_dims *dims,
-                             int n_workers,
-                             const struct lr_session_options *options,
-                             int64_t n_rows);
+lr_attend_forks(struct lr_step *step, int64_t layer, const struct lr_projection *p, lr_act *y, struct lr_error *err);
+struct lr_step_bytes lr_attend_forks_bytes(const struct lr_model_dims *dims,
+                                           int n_workers,
+                                           const struct lr_session_options *options,
+                                           int64_t n_rows);
 
-/* Fills one partial per chosen page (see attention_pages.c): `partials` has decode_pages + 1 slots
- * of n_rows rows. */
-LR_MUST_USE enum lr_status lr_attend_pages(struct lr_step *step,
-                                           int64_t layer,
-                                           const struct lr_projection *p,
-                                           const struct lr_softmax *partials,
-                                           struct lr_error *err);
-size_t lr_attend_pages_bytes(const struct lr_model_dims *dims,
-                             int n_workers,
-                             const struct lr_session_options *options,
-                             int64_t n_rows);
+/* The partials of a step in the making: what is to be folded into which slot. */
+struct lr_partial_work {
+    struct lr_partial_item *items;
+    int64_t n_items;
+};
+
+/* Adds one item for each chosen page (see attention_pages.c): slots 0 .. decode_pages - 1. Collective. */
+LR_MUST_USE enum lr_status lr_list_pages(struct lr_step *step,
+                                         int64_t layer,
+                                         const struct lr_projection *p,
+                                         struct lr_partial_work *work,
+                                         struct lr_error *err);
+struct lr_step_bytes lr_list_pages_bytes(const struct lr_model_dims *dims,
+                                         int n_workers,
+                                         const struct lr_session_options *options,
+                                         int64_t n_rows);
 
 #endif

@@ -7,8 +7,6 @@
  * the merge does not depend on who owns it. Only whole blocks of the document are pages. */
 #include "worker/layers/attention_impl.h"
 
-#include <string.h>
-
 struct offer {
     float bound;
     int32_t page; /* absolute block number; -1: none */
@@ -52,20 +50,21 @@ static int32_t page_of_local(const struct lr_session *session, int64_t local)
 }
 
 /* My best pages for each (row, KV head). */
-static void offer_pages(struct lr_step *step, int64_t layer, const struct lr_projection *p, struct offer *offers)
+static enum lr_status offer_pages(
+    struct lr_step *step, int64_t layer, const struct lr_projection *p, struct offer *offers, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
     const struct lr_kv_shape *shape = &session->kv_shape;
     int64_t n_best = session->options.decode_pages, n_pages = count_local_pages(session);
     int64_t summary = layer * session->local_blocks * shape->n_kv_heads * shape->head_dim;
-    size_t mark = session->workspace.used_bytes;
-    float *bounds = LR_STEP_ARRAY(session, float, shape->n_kv_heads *lr_max_i64(n_pages, 1));
     for (int64_t i = 0; i < step->n_rows * shape->n_kv_heads * n_best; i++)
         offers[i] = (struct offer){.page = -1};
     for (int64_t row = 0; row < step->n_rows && n_pages > 0; row++) {
+        struct lr_step_mark mark = lr_step_mark(session);
+        float *bounds = LR_STEP_TENSOR(session, float, shape->n_kv_heads *n_pages);
         struct lr_page_bounds_args args = {.shape = *shape,
-                                           .q = p->rows + row * p->stride,
+                                           .q = lr_act_at(engine->ops, p->rows, row * p->stride),
                                            .q_stride = p->stride,
                                            .q_head_stride = 2 * shape->head_dim,
                                            .n_rows = 1,
@@ -74,12 +73,16 @@ static void offer_pages(struct lr_step *step, int64_t layer, const struct lr_pro
                                            .n_pages = n_pages,
                                            .bounds = bounds};
         engine->ops->page_bounds(&engine->exec, &args);
+        const void *view;
+        LR_TRY(lr_step_view(session, bounds, (size_t)(shape->n_kv_heads * n_pages) * sizeof *bounds, &view, err));
         for (int64_t head = 0; head < shape->n_kv_heads; head++)
             for (int64_t i = 0; i < n_pages; i++)
                 insert_offer(offers + (row * shape->n_kv_heads + head) * n_best, n_best,
-                             (struct offer){.bound = bounds[head * n_pages + i], .page = page_of_local(session, i)});
+                             (struct offer){.bound = ((const float *)view)[head * n_pages + i],
+                                            .page = page_of_local(session, i)});
+        lr_step_rewind(session, mark);
     }
-    lr_arena_rewind(&session->workspace, mark);
+    return LR_OK;
 }
 
 /* The best pages of the whole world for each (row, KV head), into `offers`. */
@@ -89,7 +92,7 @@ static enum lr_status agree_on_pages(struct lr_step *step, struct offer *offers,
     struct lr_comm *comm = session->engine->comm;
     int64_t n_best = session->options.decode_pages;
     int64_t n_lists = step->n_rows * session->kv_shape.n_kv_heads, n = n_lists * n_best;
-    struct offer *all = LR_STEP_ARRAY(session, struct offer, comm->size * n);
+    struct offer *all = LR_STEP_TABLE(session, struct offer, comm->size * n);
     LR_TRY(lr_comm_all_gather(comm, "page offers", offers, (size_t)n * sizeof *offers, all, err));
     for (int64_t i = 0; i < n; i++)
         offers[i] = (struct offer){.page = -1};
@@ -102,55 +105,48 @@ static enum lr_status agree_on_pages(struct lr_step *step, struct offer *offers,
     return LR_OK;
 }
 
-enum lr_status lr_attend_pages(struct lr_step *step,
-                               int64_t layer,
-                               const struct lr_projection *p,
-                               const struct lr_softmax *partials,
-                               struct lr_error *err)
+enum lr_status lr_list_pages(struct lr_step *step,
+                             int64_t layer,
+                             const struct lr_projection *p,
+                             struct lr_partial_work *work,
+                             struct lr_error *err)
 {
     struct lr_session *session = step->session;
-    const struct lr_engine *engine = session->engine;
-    const struct lr_kv_shape *shape = &session->kv_shape;
-    int64_t n_best = session->options.decode_pages, heads = shape->n_kv_heads;
-    struct offer *offers = LR_STEP_ARRAY(session, struct offer, step->n_rows * heads * n_best);
-    struct lr_kv_ref *refs = LR_STEP_ARRAY(session, struct lr_kv_ref, heads);
-    struct lr_kv_list *lists = LR_STEP_ARRAY(session, struct lr_kv_list, heads);
-    offer_pages(step, layer, p, offers);
+    int64_t n_best = session->options.decode_pages, heads = session->kv_shape.n_kv_heads;
+    struct offer *offers = LR_STEP_TABLE(session, struct offer, step->n_rows * heads * n_best);
+    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, step->n_rows * heads * n_best);
+    struct lr_kv_list *lists = LR_STEP_TABLE(session, struct lr_kv_list, step->n_rows * heads * n_best);
+    LR_TRY(offer_pages(step, layer, p, offers, err));
     LR_TRY(agree_on_pages(step, offers, err));
     for (int64_t row = 0; row < step->n_rows; row++)
         for (int64_t slot = 0; slot < n_best; slot++) {
+            int64_t first = (row * n_best + slot) * heads;
             for (int64_t head = 0; head < heads; head++) {
                 int32_t page = offers[(row * heads + head) * n_best + slot].page;
-                int here = page >= 0 && lr_session_block_owner(session, page) == engine->comm->rank;
-                lists[head] = (struct lr_kv_list){.refs = &refs[head], .n_refs = here};
+                int here = page >= 0 && lr_session_block_owner(session, page) == session->engine->comm->rank;
+                lists[first + head] = (struct lr_kv_list){.refs = &refs[first + head], .n_refs = here};
                 if (here)
-                    refs[head] = (struct lr_kv_ref){.data = lr_session_block(session, layer, page),
-                                                    .position = (int64_t)page * LR_BLOCK,
-                                                    .n_keys = LR_BLOCK};
+                    refs[first + head] = (struct lr_kv_ref){.data = lr_session_block(session, layer, page),
+                                                            .position = (int64_t)page * LR_BLOCK,
+                                                            .n_keys = LR_BLOCK};
             }
-            struct lr_attention_args args = lr_attention_call(step, p, partials);
-            int64_t at = (slot * step->n_rows + row) * shape->n_heads;
-            args.m += at;
-            args.l += at;
-            args.o += at * shape->head_dim;
-            args.q = p->rows + row * p->stride;
-            args.positions += row;
-            args.n_rows = 1;
-            args.lists = lists;
-            args.n_lists = heads;
-            engine->ops->attention(&engine->exec, &args);
+            work->items[work->n_items++] = (struct lr_partial_item){
+                .slot = slot, .first_row = row, .n_rows = 1, .lists = lists + first, .n_lists = heads};
         }
     return LR_OK;
 }
 
-size_t lr_attend_pages_bytes(const struct lr_model_dims *dims,
-                             int n_workers,
-                             const struct lr_session_options *options,
-                             int64_t n_rows)
+struct lr_step_bytes lr_list_pages_bytes(const struct lr_model_dims *dims,
+                                         int n_workers,
+                                         const struct lr_session_options *options,
+                                         int64_t n_rows)
 {
-    size_t offers = (size_t)(n_rows * dims->n_kv_heads * options->decode_pages);
-    size_t pages = (size_t)(lr_ceil_div(options->max_tokens, LR_BLOCK) + options->segment_tokens / LR_BLOCK);
-    return offers * ((size_t)n_workers + 1) * sizeof(struct offer) +
-           (size_t)dims->n_kv_heads * (pages * sizeof(float) + sizeof(struct lr_kv_ref) + sizeof(struct lr_kv_list)) +
-           4096;
+    int64_t offers = n_rows * dims->n_kv_heads * options->decode_pages;
+    int64_t pages = lr_ceil_div(options->max_tokens, LR_BLOCK) + options->segment_tokens / LR_BLOCK;
+    size_t bounds = lr_tensor_bytes(dims->n_kv_heads * pages, sizeof(float));
+    return (struct lr_step_bytes){
+        .tensors = bounds,
+        .tables = bounds + lr_tensor_bytes(offers, sizeof(struct offer)) +
+                  lr_tensor_bytes(n_workers * offers, sizeof(struct offer)) +
+                  lr_tensor_bytes(offers, sizeof(struct lr_kv_ref)) + lr_tensor_bytes(offers, sizeof(struct lr_kv_list))};
 }

@@ -9,23 +9,16 @@
  * the results are gathered. */
 #include "worker/session_impl.h"
 
-#include <string.h>
-
 /* A dispatch round is cut so that the rows a worker may receive at the worst stay below this. */
 #define ROUND_BUDGET_BYTES ((int64_t)512 << 20)
 
 struct routing {
-    int32_t *ids;    /* [n, k] ascending */
-    float *weights;  /* [n, k] */
-    int64_t *counts; /* [n_experts] rows of each expert */
-    int64_t *order;  /* [n * k] token of each sorted row */
-    int64_t *row_of; /* [n, k] sorted row of each (token, choice) */
+    int32_t *ids;     /* [n, k] ascending */
+    float *weights;   /* [n, k] */
+    int64_t *offsets; /* [n_experts + 1]: the sorted rows of each expert */
+    int64_t *order;   /* [n * k] token of each sorted row */
+    int64_t *row_of;  /* [n, k] sorted row of each (token, choice) */
 };
-
-static int64_t widest(const struct lr_model_dims *dims)
-{
-    return lr_max_i64(dims->dense_ffn, lr_max_i64(dims->expert_ffn, dims->shared_ffn));
-}
 
 /* Tokens per dispatch round: a function of the model and of the number of workers only. */
 static int64_t round_rows(const struct lr_model_dims *dims, int n_workers, int64_t n_rows)
@@ -35,16 +28,19 @@ static int64_t round_rows(const struct lr_model_dims *dims, int n_workers, int64
     return lr_min_i64(n_rows, lr_max_i64(rows, 64));
 }
 
-static void run_mlp(
-    const struct lr_step *step, const struct lr_mlp_weights *w, const float *x, int64_t n_rows, float *y, float *hidden)
+static void run_mlp(const struct lr_step *step,
+                    const struct lr_mlp_weights *w,
+                    const lr_act *x,
+                    int64_t n_rows,
+                    lr_act *y,
+                    lr_act *hidden)
 {
     const struct lr_engine *engine = step->session->engine;
-    int64_t offsets[2] = {0, n_rows};
     struct lr_experts_args args = {.x = x,
                                    .y = y,
                                    .hidden = hidden,
-                                   .offsets = offsets,
                                    .n_experts = 1,
+                                   .n_rows = n_rows,
                                    .gate = &w->gate,
                                    .up = &w->up,
                                    .down = &w->down,
@@ -59,31 +55,34 @@ static enum lr_status dense(struct lr_step *step, const struct lr_layer *layer)
     const struct lr_model_dims *dims = &engine->model.dims;
     const struct lr_mlp_weights *w = &layer->ffn.dense;
     int64_t n = step->n_rows;
-    float *hidden = LR_STEP_ARRAY(session, float, n * w->gate.n);
-    float *y = LR_STEP_ARRAY(session, float, n * dims->d);
+    lr_act *hidden = lr_step_act(session, n * w->gate.n);
+    lr_act *y = lr_step_act(session, n * dims->d);
     run_mlp(step, w, step->h, n, y, hidden);
     struct lr_moe_combine_args add = {.x = step->x, .n_rows = n, .d = dims->d, .shared = y};
     engine->ops->moe_combine(&engine->exec, &add);
     return LR_OK;
 }
 
-/* Router, then a counting sort of the (token, choice) pairs by expert; within an expert, tokens
- * ascend. */
-static struct routing route(struct lr_step *step, const struct lr_layer *layer, const float *h, int64_t n)
+/* Router, then the (token, choice) pairs sorted by expert; within an expert, tokens ascend. */
+static struct routing route(struct lr_step *step, const struct lr_layer *layer, const lr_act *h, int64_t n)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
     const struct lr_model_dims *dims = &engine->model.dims;
     int64_t experts = dims->n_experts, k = dims->top_k;
-    struct routing routing = {.ids = LR_STEP_ARRAY(session, int32_t, n * k),
-                              .weights = LR_STEP_ARRAY(session, float, n *k),
-                              .counts = LR_STEP_ARRAY(session, int64_t, experts),
-                              .order = LR_STEP_ARRAY(session, int64_t, n * k),
-                              .row_of = LR_STEP_ARRAY(session, int64_t, n * k)};
-    float *logits = LR_STEP_ARRAY(session, float, n *experts);
-    int64_t *next = LR_STEP_ARRAY(session, int64_t, experts);
-    struct lr_gemm_args gemm = {
-        .a = h, .a_stride = dims->d, .w = &layer->ffn.router, .y = logits, .y_stride = experts, .n_rows = n};
+    struct routing routing = {.ids = LR_STEP_TENSOR(session, int32_t, n * k),
+                              .weights = LR_STEP_TENSOR(session, float, n *k),
+                              .offsets = LR_STEP_TENSOR(session, int64_t, experts + 1),
+                              .order = LR_STEP_TENSOR(session, int64_t, n * k),
+                              .row_of = LR_STEP_TENSOR(session, int64_t, n * k)};
+    float *logits = LR_STEP_TENSOR(session, float, n *experts);
+    struct lr_gemm_args gemm = {.a = h,
+                                .a_stride = dims->d,
+                                .w = &layer->ffn.router,
+                                .y = logits,
+                                .y_stride = experts,
+                                .n_rows = n,
+                                .wide = 1};
     engine->ops->gemm(&engine->exec, &gemm);
     struct lr_router_args router = {.logits = logits,
                                     .n_rows = n,
@@ -93,56 +92,58 @@ static struct routing route(struct lr_step *step, const struct lr_layer *layer, 
                                     .ids = routing.ids,
                                     .weights = routing.weights};
     engine->ops->router(&engine->exec, &router);
-    memset(routing.counts, 0, (size_t)experts * sizeof *routing.counts);
-    for (int64_t i = 0; i < n * k; i++)
-        routing.counts[routing.ids[i]]++;
-    int64_t first = 0;
-    for (int64_t e = 0; e < experts; e++) {
-        next[e] = first;
-        first += routing.counts[e];
-    }
-    for (int64_t i = 0; i < n * k; i++) {
-        int64_t row = next[routing.ids[i]]++;
-        routing.order[row] = i / k;
-        routing.row_of[i] = row;
-    }
+    struct lr_expert_sort_args sort = {.ids = routing.ids,
+                                       .n_rows = n,
+                                       .top_k = k,
+                                       .n_experts = experts,
+                                       .offsets = routing.offsets,
+                                       .order = routing.order,
+                                       .row_of = routing.row_of};
+    engine->ops->expert_sort(&engine->exec, &sort);
     return routing;
 }
 
-/* This worker's experts over rows sorted by expert; counts[e] rows of local expert e. */
+/* This worker's experts over n_rows rows sorted by expert; offsets [n_local + 1]. */
 static void run_experts(struct lr_step *step,
                         const struct lr_layer *layer,
-                        const float *x,
-                        const int64_t *counts,
+                        const lr_act *x,
+                        const int64_t *offsets,
                         int64_t n_local,
-                        float *y)
+                        int64_t n_rows,
+                        lr_act *y)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
-    int64_t *offsets = LR_STEP_ARRAY(session, int64_t, n_local + 1);
-    offsets[0] = 0;
-    for (int64_t e = 0; e < n_local; e++)
-        offsets[e + 1] = offsets[e] + counts[e];
-    engine->local_expert_rows += offsets[n_local];
-    float *hidden = LR_STEP_ARRAY(session, float, offsets[n_local] * engine->model.dims.expert_ffn);
+    engine->local_expert_rows += n_rows;
+    if (n_rows == 0)
+        return;
     struct lr_experts_args args = {.x = x,
                                    .y = y,
-                                   .hidden = hidden,
+                                   .hidden = lr_step_act(session, n_rows * engine->model.dims.expert_ffn),
                                    .offsets = offsets,
                                    .n_experts = n_local,
+                                   .n_rows = n_rows,
                                    .gate = layer->ffn.expert_gate,
                                    .up = layer->ffn.expert_up,
                                    .down = layer->ffn.expert_down,
                                    .activation = engine->model.dims.activation};
-    if (offsets[n_local] > 0)
-        engine->ops->experts(&engine->exec, &args);
+    engine->ops->experts(&engine->exec, &args);
+}
+
+static void gather(
+    const struct lr_step *step, const lr_act *x, const int64_t *rows, int64_t n_rows, lr_act *y)
+{
+    const struct lr_engine *engine = step->session->engine;
+    engine->ops->gather_rows(&engine->exec, x, (size_t)engine->model.dims.d * lr_act_bytes(engine->ops), rows, n_rows,
+                             y);
 }
 
 struct shared_result {
-    float *y, *gate; /* [n, d], [n]; NULL where the model has no shared expert */
+    lr_act *y;   /* [n, d]; NULL where the model has no shared expert */
+    float *gate; /* [n] */
 };
 
-static struct shared_result run_shared(struct lr_step *step, const struct lr_layer *layer, const float *h, int64_t n)
+static struct shared_result run_shared(struct lr_step *step, const struct lr_layer *layer, const lr_act *h, int64_t n)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -150,12 +151,17 @@ static struct shared_result run_shared(struct lr_step *step, const struct lr_lay
     struct shared_result result = {0};
     if (layer->ffn.shared.gate.n == 0)
         return result;
-    result.y = LR_STEP_ARRAY(session, float, n * dims->d);
-    result.gate = LR_STEP_ARRAY(session, float, n);
-    float *hidden = LR_STEP_ARRAY(session, float, n * dims->shared_ffn);
+    result.y = lr_step_act(session, n * dims->d);
+    result.gate = LR_STEP_TENSOR(session, float, n);
+    lr_act *hidden = lr_step_act(session, n * dims->shared_ffn);
     run_mlp(step, &layer->ffn.shared, h, n, result.y, hidden);
-    struct lr_gemm_args gate = {
-        .a = h, .a_stride = dims->d, .w = &layer->ffn.shared_gate, .y = result.gate, .y_stride = 1, .n_rows = n};
+    struct lr_gemm_args gate = {.a = h,
+                                .a_stride = dims->d,
+                                .w = &layer->ffn.shared_gate,
+                                .y = result.gate,
+                                .y_stride = 1,
+                                .n_rows = n,
+                                .wide = 1};
     engine->ops->gemm(&engine->exec, &gate);
     return result;
 }
@@ -164,7 +170,7 @@ static void combine(const struct lr_step *step,
                     int64_t first_row,
                     int64_t n,
                     const struct routing *routing,
-                    const float *y,
+                    const lr_act *y,
                     const struct shared_result *shared)
 {
     const struct lr_engine *engine = step->session->engine;
@@ -185,16 +191,15 @@ static void combine(const struct lr_step *step,
 static enum lr_status local_experts(struct lr_step *step, const struct lr_layer *layer)
 {
     struct lr_session *session = step->session;
-    const struct lr_engine *engine = session->engine;
-    const struct lr_model_dims *dims = &engine->model.dims;
+    const struct lr_model_dims *dims = &session->engine->model.dims;
     int64_t n = step->n_rows, rows = n * dims->top_k;
     if (n == 0)
         return LR_OK;
     struct routing routing = route(step, layer, step->h, n);
-    float *x = LR_STEP_ARRAY(session, float, rows * dims->d);
-    float *y = LR_STEP_ARRAY(session, float, rows * dims->d);
-    engine->ops->gather_rows(&engine->exec, step->h, dims->d, routing.order, rows, x);
-    run_experts(step, layer, x, routing.counts, dims->n_experts, y);
+    lr_act *x = lr_step_act(session, rows * dims->d);
+    lr_act *y = lr_step_act(session, rows * dims->d);
+    gather(step, step->h, routing.order, rows, x);
+    run_experts(step, layer, x, routing.offsets, dims->n_experts, rows, y);
     struct shared_result shared = run_shared(step, layer, step->h, n);
     combine(step, 0, n, &routing, y, &shared);
     return LR_OK;
@@ -203,15 +208,31 @@ static enum lr_status local_experts(struct lr_step *step, const struct lr_layer 
 /* ---- experts on other workers
  * ------------------------------------------------------------------------------------- */
 
-/* counts[source][local expert]: rows that each worker sends to each of my experts. */
+/* The rows of each expert as the host sees them. */
+static enum lr_status
+count_rows(struct lr_step *step, const struct routing *routing, const int64_t **counts, struct lr_error *err)
+{
+    struct lr_session *session = step->session;
+    int64_t experts = session->engine->model.dims.n_experts;
+    const void *view;
+    LR_TRY(lr_step_view(session, routing->offsets, (size_t)(experts + 1) * sizeof *routing->offsets, &view, err));
+    const int64_t *offsets = view;
+    int64_t *made = LR_STEP_TABLE(session, int64_t, experts);
+    for (int64_t e = 0; e < experts; e++)
+        made[e] = offsets[e + 1] - offsets[e];
+    *counts = made;
+    return LR_OK;
+}
+
+/* received[source][local expert]: rows that each worker sends to each of my experts. */
 static enum lr_status
 exchange_counts(struct lr_step *step, const int64_t *counts, int64_t *received, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->comm;
     int64_t experts = session->engine->model.dims.n_experts;
-    size_t *send = LR_STEP_ARRAY(session, size_t, comm->size);
-    size_t *receive = LR_STEP_ARRAY(session, size_t, comm->size);
+    size_t *send = LR_STEP_TABLE(session, size_t, comm->size);
+    size_t *receive = LR_STEP_TABLE(session, size_t, comm->size);
     int64_t mine = lr_expert_range_of(experts, comm->rank, comm->size, 0).count;
     for (int r = 0; r < comm->size; r++) {
         send[r] = (size_t)lr_expert_range_of(experts, r, comm->size, 0).count * sizeof *counts;
@@ -220,27 +241,45 @@ exchange_counts(struct lr_step *step, const int64_t *counts, int64_t *received, 
     return lr_comm_all_to_all_v(comm, "expert counts", counts, send, received, receive, err);
 }
 
-/* Received rows stand by (source, expert); permutation[i] is the received row that is i-th by
- * (expert, source). totals[e] = rows of local expert e. */
-static void sort_by_expert(
-    const int64_t *received, int n_sources, int64_t n_local, int64_t *permutation, int64_t *totals, int64_t *first_of)
+/* Received rows stand by (source, expert). */
+struct sorting {
+    int64_t *permutation; /* permutation[i] is the received row that is i-th by (expert, source) */
+    int64_t *inverse;
+    int64_t *offsets; /* [n_local + 1] */
+};
+
+/* Makes the sorting on the host and puts it into the backend's memory. */
+static struct sorting sort_by_expert(struct lr_step *step, const int64_t *received, int64_t n_local, int64_t n_rows)
 {
+    struct lr_session *session = step->session;
+    const struct lr_engine *engine = session->engine;
+    int n_sources = engine->comm->size;
+    int64_t *first_of = LR_STEP_TABLE(session, int64_t, n_sources * n_local + 1);
+    int64_t *permutation = LR_STEP_TABLE(session, int64_t, n_rows), *inverse = LR_STEP_TABLE(session, int64_t, n_rows);
+    int64_t *offsets = LR_STEP_TABLE(session, int64_t, n_local + 1);
     int64_t first = 0;
-    for (int r = 0; r < n_sources; r++)
-        for (int64_t e = 0; e < n_local; e++) {
-            first_of[r * n_local + e] = first;
-            first += received[r * n_local + e];
-        }
+    for (int64_t i = 0; i < n_sources * n_local; i++) {
+        first_of[i] = first;
+        first += received[i];
+    }
     int64_t next = 0;
     for (int64_t e = 0; e < n_local; e++) {
-        totals[e] = 0;
-        for (int r = 0; r < n_sources; r++) {
-            int64_t count = received[r * n_local + e];
-            for (int64_t i = 0; i < count; i++)
-                permutation[next++] = first_of[r * n_local + e] + i;
-            totals[e] += count;
-        }
+        offsets[e] = next;
+        for (int64_t from = e; from < n_sources * n_local; from += n_local)
+            for (int64_t i = 0; i < received[from]; i++) {
+                permutation[next] = first_of[from] + i;
+                inverse[first_of[from] + i] = next++;
+            }
     }
+    offsets[n_local] = next;
+    struct sorting sorting = {.permutation = LR_STEP_TENSOR(session, int64_t, n_rows),
+                              .inverse = LR_STEP_TENSOR(session, int64_t, n_rows),
+                              .offsets = LR_STEP_TENSOR(session, int64_t, n_local + 1)};
+    const struct lr_memory_ops *memory = &engine->ops->memory;
+    memory->upload(&engine->exec, sorting.permutation, permutation, (size_t)n_rows * sizeof *permutation);
+    memory->upload(&engine->exec, sorting.inverse, inverse, (size_t)n_rows * sizeof *inverse);
+    memory->upload(&engine->exec, sorting.offsets, offsets, (size_t)(n_local + 1) * sizeof *offsets);
+    return sorting;
 }
 
 static enum lr_status
@@ -248,50 +287,44 @@ dispatch_round(struct lr_step *step, const struct lr_layer *layer, int64_t first
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
-    struct lr_comm *comm = engine->comm;
+    struct lr_comm *links = engine->links;
     const struct lr_model_dims *dims = &engine->model.dims;
     int64_t d = dims->d, rows = n * dims->top_k;
-    size_t row_bytes = (size_t)d * sizeof(float);
-    const float *h = step->h + first_row * d;
-    int64_t n_local = lr_expert_range_of(dims->n_experts, comm->rank, comm->size, 0).count;
+    size_t row_bytes = (size_t)d * lr_act_bytes(engine->ops);
+    const lr_act *h = lr_act_at(engine->ops, step->h, first_row * d);
+    int64_t n_local = lr_expert_range_of(dims->n_experts, links->rank, links->size, 0).count;
 
     struct routing routing = route(step, layer, h, n);
-    int64_t *received = LR_STEP_ARRAY(session, int64_t, comm->size * lr_max_i64(n_local, 1));
-    LR_TRY(exchange_counts(step, routing.counts, received, err));
-    size_t *send = LR_STEP_ARRAY(session, size_t, comm->size);
-    size_t *receive = LR_STEP_ARRAY(session, size_t, comm->size);
+    const int64_t *counts;
+    LR_TRY(count_rows(step, &routing, &counts, err));
+    int64_t *received = LR_STEP_TABLE(session, int64_t, links->size * lr_max_i64(n_local, 1));
+    LR_TRY(exchange_counts(step, counts, received, err));
+    size_t *send = LR_STEP_TABLE(session, size_t, links->size);
+    size_t *receive = LR_STEP_TABLE(session, size_t, links->size);
     int64_t n_received = 0;
-    for (int r = 0; r < comm->size; r++) {
-        struct lr_expert_range range = lr_expert_range_of(dims->n_experts, r, comm->size, 0);
+    for (int r = 0; r < links->size; r++) {
+        struct lr_expert_range range = lr_expert_range_of(dims->n_experts, r, links->size, 0);
         send[r] = receive[r] = 0;
         for (int64_t e = 0; e < range.count; e++)
-            send[r] += (size_t)routing.counts[range.first + e] * row_bytes;
+            send[r] += (size_t)counts[range.first + e] * row_bytes;
         for (int64_t e = 0; e < n_local; e++) {
             receive[r] += (size_t)received[r * n_local + e] * row_bytes;
             n_received += received[r * n_local + e];
         }
     }
-    float *outgoing = LR_STEP_ARRAY(session, float, rows *d);
-    float *incoming = LR_STEP_ARRAY(session, float, n_received *d);
-    engine->ops->gather_rows(&engine->exec, h, d, routing.order, rows, outgoing);
+    lr_act *outgoing = lr_step_act(session, rows * d), *incoming = lr_step_act(session, n_received * d);
+    gather(step, h, routing.order, rows, outgoing);
     struct lr_comm_request request = {0};
-    LR_TRY(lr_comm_all_to_all_v_start(comm, "tokens to experts", outgoing, send, incoming, receive, &request, err));
+    LR_TRY(lr_comm_all_to_all_v_start(links, "tokens to experts", outgoing, send, incoming, receive, &request, err));
     struct shared_result shared = run_shared(step, layer, h, n);
-    LR_TRY(lr_comm_wait(comm, &request, err));
+    struct sorting sorting = sort_by_expert(step, received, n_local, n_received);
+    LR_TRY(lr_comm_wait(links, &request, err));
 
-    int64_t *permutation = LR_STEP_ARRAY(session, int64_t, n_received);
-    int64_t *inverse = LR_STEP_ARRAY(session, int64_t, n_received);
-    int64_t *totals = LR_STEP_ARRAY(session, int64_t, n_local);
-    int64_t *first_of = LR_STEP_ARRAY(session, int64_t, comm->size * lr_max_i64(n_local, 1));
-    sort_by_expert(received, comm->size, n_local, permutation, totals, first_of);
-    for (int64_t i = 0; i < n_received; i++)
-        inverse[permutation[i]] = i;
-    float *x = LR_STEP_ARRAY(session, float, n_received *d);
-    float *y = LR_STEP_ARRAY(session, float, n_received *d);
-    engine->ops->gather_rows(&engine->exec, incoming, d, permutation, n_received, x);
-    run_experts(step, layer, x, totals, n_local, y);
-    engine->ops->gather_rows(&engine->exec, y, d, inverse, n_received, incoming);
-    LR_TRY(lr_comm_all_to_all_v(comm, "results of experts", incoming, receive, outgoing, send, err));
+    lr_act *x = lr_step_act(session, n_received * d), *y = lr_step_act(session, n_received * d);
+    gather(step, incoming, sorting.permutation, n_received, x);
+    run_experts(step, layer, x, sorting.offsets, n_local, n_received, y);
+    gather(step, y, sorting.inverse, n_received, incoming);
+    LR_TRY(lr_comm_all_to_all_v(links, "results of experts", incoming, receive, outgoing, send, err));
     combine(step, first_row, n, &routing, outgoing, &shared);
     return LR_OK;
 }
@@ -309,10 +342,10 @@ enum lr_status lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer
     int64_t most = lr_wave_length(step->wave, 0);
     int64_t per_round = round_rows(dims, engine->comm->size, session->options.segment_tokens);
     for (int64_t first = 0; first < most; first += per_round) {
-        size_t mark = session->workspace.used_bytes;
+        struct lr_step_mark mark = lr_step_mark(session);
         int64_t begin = lr_min_i64(first, step->n_rows);
         LR_TRY(dispatch_round(step, layer, begin, lr_min_i64(per_round, step->n_rows - begin), err));
-        lr_arena_rewind(&session->workspace, mark);
+        lr_step_rewind(session, mark);
     }
     return LR_OK;
 }
@@ -321,7 +354,7 @@ enum lr_status lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer,
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
-    struct lr_comm *comm = engine->comm;
+    struct lr_comm *links = engine->links;
     const struct lr_model_dims *dims = &engine->model.dims;
     if (layer->ffn.n_experts == 0)
         return dense(step, layer);
@@ -329,44 +362,59 @@ enum lr_status lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer,
         return local_experts(step, layer);
     int64_t n = step->n_rows, rows = n * dims->top_k, d = dims->d;
     struct routing routing = route(step, layer, step->h, n);
-    size_t *sizes = LR_STEP_ARRAY(session, size_t, comm->size);
+    const int64_t *counts;
+    LR_TRY(count_rows(step, &routing, &counts, err));
+    size_t *sizes = LR_STEP_TABLE(session, size_t, links->size);
     int64_t my_first = 0, my_rows = 0, first = 0;
-    struct lr_expert_range mine = lr_expert_range_of(dims->n_experts, comm->rank, comm->size, 0);
-    for (int r = 0; r < comm->size; r++) {
-        struct lr_expert_range range = lr_expert_range_of(dims->n_experts, r, comm->size, 0);
+    struct lr_expert_range mine = lr_expert_range_of(dims->n_experts, links->rank, links->size, 0);
+    for (int r = 0; r < links->size; r++) {
+        struct lr_expert_range range = lr_expert_range_of(dims->n_experts, r, links->size, 0);
         int64_t count = 0;
         for (int64_t e = 0; e < range.count; e++)
-            count += routing.counts[range.first + e];
-        if (r == comm->rank)
+            count += counts[range.first + e];
+        if (r == links->rank)
             my_first = first, my_rows = count;
-        sizes[r] = (size_t)(count * d) * sizeof(float);
+        sizes[r] = (size_t)(count * d) * lr_act_bytes(engine->ops);
         first += count;
     }
-    float *x = LR_STEP_ARRAY(session, float, my_rows *d);
-    float *y = LR_STEP_ARRAY(session, float, rows *d);
-    engine->ops->gather_rows(&engine->exec, step->h, d, routing.order + my_first, my_rows, x);
-    run_experts(step, layer, x, routing.counts + mine.first, mine.count, y + my_first * d);
+    lr_act *x = lr_step_act(session, my_rows * d), *y = lr_step_act(session, rows * d);
+    lr_act *my_y = lr_act_at(engine->ops, y, my_first * d);
+    gather(step, step->h, routing.order + my_first, my_rows, x);
+    run_experts(step, layer, x, routing.offsets + mine.first, mine.count, my_rows, my_y);
     struct lr_comm_request request = {0};
-    LR_TRY(lr_comm_all_gather_v_start(comm, "results of experts", y + my_first * d, sizes, y, &request, err));
+    LR_TRY(lr_comm_all_gather_v_start(links, "results of experts", my_y, sizes, y, &request, err));
     struct shared_result shared = run_shared(step, layer, step->h, n);
-    LR_TRY(lr_comm_wait(comm, &request, err));
+    LR_TRY(lr_comm_wait(links, &request, err));
     combine(step, 0, n, &routing, y, &shared);
     return LR_OK;
 }
 
-size_t lr_ffn_bytes(const struct lr_model_dims *dims, int n_workers, int replicated, int64_t n_rows)
+struct lr_step_bytes lr_ffn_bytes(
+    const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int n_workers, int replicated, int64_t n_rows)
 {
-    size_t n = (size_t)n_rows, d = (size_t)dims->d, k = (size_t)dims->top_k;
-    size_t bytes = n * ((size_t)widest(dims) + d + 1) * sizeof(float);
-    if (dims->n_experts > 0) {
-        size_t experts = (size_t)dims->n_experts, ffn = (size_t)dims->expert_ffn;
-        if (!replicated)
-            n = (size_t)round_rows(dims, n_workers, n_rows);
-        size_t incoming = replicated ? 1 : (size_t)n_workers;
-        bytes += n * (experts + k * 2) * sizeof(float) + n * k * 2 * sizeof(int64_t);
-        bytes += n * k * d * 2 * sizeof(float);
-        bytes += incoming * n * k * ((2 * d + ffn) * sizeof(float) + 2 * sizeof(int64_t));
-        bytes += experts * (size_t)(n_workers + 4) * 2 * sizeof(int64_t);
+    size_t act = lr_act_bytes(ops);
+    int64_t d = dims->d, k = dims->top_k, experts = dims->n_experts, n = n_rows;
+    struct lr_step_bytes bytes = {0};
+    if (experts > 0 && !replicated)
+        n = round_rows(dims, n_workers, n_rows);
+    if (dims->dense_ffn > 0)
+        bytes.tensors = lr_tensor_bytes(n_rows * dims->dense_ffn, act) + lr_tensor_bytes(n_rows * d, act);
+    if (experts == 0)
+        return bytes;
+    int64_t most = replicated ? n * k : n_workers * n * k; /* rows that my experts may have at the worst */
+    size_t routing = lr_tensor_bytes(n * k, sizeof(int32_t)) + lr_tensor_bytes(n * k, sizeof(float)) +
+                     lr_tensor_bytes(experts + 1, sizeof(int64_t)) + 2 * lr_tensor_bytes(n * k, sizeof(int64_t)) +
+                     lr_tensor_bytes(n * experts, sizeof(float));
+    size_t shared = 2 * lr_tensor_bytes(n * lr_max_i64(d, dims->shared_ffn), act) + lr_tensor_bytes(n, sizeof(float));
+    size_t moving = 2 * lr_tensor_bytes(n * k * d, act) + lr_tensor_bytes(most * dims->expert_ffn, act);
+    if (!replicated) {
+        moving += 3 * lr_tensor_bytes(most * d, act) + 2 * lr_tensor_bytes(most, sizeof(int64_t)) +
+                  lr_tensor_bytes(experts + 1, sizeof(int64_t));
+        bytes.tables = 2 * lr_tensor_bytes(experts + 1, sizeof(int64_t)) + 2 * lr_tensor_bytes(most, sizeof(int64_t)) +
+                       2 * lr_tensor_bytes(n_workers * (experts + 1), sizeof(int64_t)) +
+                       lr_tensor_bytes(experts + 1, sizeof(int64_t)) + 5 * lr_tensor_bytes(n_workers, sizeof(size_t));
     }
-    return bytes + (size_t)n_workers * 256 + 16384;
+    size_t mixture = routing + shared + moving;
+    bytes.tensors = mixture > bytes.tensors ? mixture : bytes.tensors;
+    return bytes;
 }

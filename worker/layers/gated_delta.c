@@ -11,7 +11,6 @@
 #include "worker/session_impl.h"
 
 #include <math.h>
-#include <string.h>
 
 /* Column offsets in a row of the input projection. */
 struct columns {
@@ -31,69 +30,83 @@ static struct columns columns_of(const struct lr_model_dims *dims)
     return c;
 }
 
-static size_t row_floats(const struct lr_model_dims *dims)
+/* Arrays of n_rows rows: the projection, the convolution's output, gates, the rule's output. */
+static size_t row_bytes_of(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int64_t n_rows)
 {
     const struct lr_delta_shape *s = &dims->delta;
-    return (size_t)(columns_of(dims).total + dims->conv_channels + 2 * s->n_v_heads + s->n_v_heads * s->dv);
+    size_t act = lr_act_bytes(ops);
+    return lr_tensor_bytes(n_rows * columns_of(dims).total, act) + lr_tensor_bytes(n_rows * dims->conv_channels, act) +
+           lr_tensor_bytes(n_rows * s->n_v_heads * s->dv, act) +
+           2 * lr_tensor_bytes(n_rows * s->n_v_heads, sizeof(float));
 }
 
-static size_t prefill_bytes(const struct lr_model_dims *dims,
-                            const struct lr_kernel_ops *ops,
-                            int n_workers,
-                            const struct lr_session_options *options)
+static struct lr_step_bytes prefill_bytes(const struct lr_model_dims *dims,
+                                          const struct lr_kernel_ops *ops,
+                                          int n_workers,
+                                          const struct lr_session_options *options)
 {
     const struct lr_delta_shape *s = &dims->delta;
-    size_t rows = (size_t)options->segment_tokens;
-    size_t maps = (size_t)(s->n_v_heads * s->dk * s->dk) + 3 * lr_state_floats(dims);
-    size_t tails = ((size_t)n_workers + 2) * lr_tail_floats(dims);
-    size_t floats = rows * row_floats(dims) + maps + tails + ops->delta_work_floats(*s, options->segment_tokens);
-    return floats * sizeof(float) + (size_t)n_workers * 64 + 4096;
+    int64_t rows = options->segment_tokens, state = (int64_t)lr_state_floats(dims);
+    struct lr_step_bytes bytes = {.tables = lr_tensor_bytes(n_workers, sizeof(size_t))};
+    bytes.tensors = row_bytes_of(dims, ops, rows) + lr_tensor_bytes(s->n_v_heads * s->dk * s->dk, sizeof(float)) +
+                    3 * lr_tensor_bytes(state, sizeof(float)) +
+                    lr_tensor_bytes((int64_t)ops->delta_work_floats(*s, rows), sizeof(float)) +
+                    lr_tensor_bytes(n_workers * (int64_t)lr_tail_elements(dims), lr_act_bytes(ops)) +
+                    lr_tensor_bytes((int64_t)lr_tail_elements(dims), lr_act_bytes(ops));
+    return bytes;
 }
 
-static size_t extend_bytes(const struct lr_model_dims *dims,
-                           const struct lr_kernel_ops *ops,
-                           int n_workers,
-                           const struct lr_session_options *options,
-                           int64_t n_rows)
+static struct lr_step_bytes extend_bytes(const struct lr_model_dims *dims,
+                                         const struct lr_kernel_ops *ops,
+                                         int n_workers,
+                                         const struct lr_session_options *options,
+                                         int64_t n_rows)
 {
-    (void)ops, (void)n_workers, (void)options;
-    size_t rows = (size_t)n_rows;
-    size_t window = (rows + (size_t)dims->conv_taps) * (size_t)dims->conv_channels * 2;
-    return (rows * row_floats(dims) + window) * sizeof(float) + rows * sizeof(float *) + 4096;
+    (void)n_workers, (void)options;
+    return (struct lr_step_bytes){.tensors = row_bytes_of(dims, ops, n_rows),
+                                  .tables = 2 * lr_tensor_bytes(n_rows, sizeof(void *))};
 }
 
 /* The convolution inputs just before each worker's segment. `tails` holds
  * [n_workers][taps-1][channels]: the last rows of every worker's segment, gathered; all but the
  * last active segment are longer than a tail. */
 static enum lr_status
-gather_tails(struct lr_step *step, const float *in, int64_t in_stride, float *tails, struct lr_error *err)
+gather_tails(struct lr_step *step, const lr_act *in, int64_t in_stride, lr_act *tails, struct lr_error *err)
 {
     struct lr_session *session = step->session;
-    const struct lr_model_dims *dims = &session->engine->model.dims;
-    struct lr_comm *comm = session->engine->comm;
-    int64_t taps = dims->conv_taps - 1, channels = dims->conv_channels;
-    size_t *sizes = LR_STEP_ARRAY(session, size_t, comm->size);
-    float *mine = LR_STEP_ARRAY(session, float, taps *channels);
-    for (int r = 0; r < comm->size; r++)
-        sizes[r] = (size_t)(lr_min_i64(lr_wave_length(step->wave, r), taps) * channels) * sizeof(float);
+    const struct lr_engine *engine = session->engine;
+    const struct lr_kernel_ops *ops = engine->ops;
+    const struct lr_model_dims *dims = &engine->model.dims;
+    int64_t taps = dims->conv_taps - 1;
+    size_t row_bytes = (size_t)dims->conv_channels * lr_act_bytes(ops);
+    size_t *sizes = LR_STEP_TABLE(session, size_t, engine->links->size);
+    lr_act *mine = lr_step_act(session, (int64_t)lr_tail_elements(dims));
+    for (int r = 0; r < engine->links->size; r++)
+        sizes[r] = (size_t)lr_min_i64(lr_wave_length(step->wave, r), taps) * row_bytes;
     int64_t rows = lr_min_i64(step->n_rows, taps);
-    for (int64_t i = 0; i < rows; i++)
-        memcpy(mine + i * channels, in + (step->n_rows - rows + i) * in_stride, (size_t)channels * sizeof(float));
-    return lr_comm_all_gather_v(comm, "convolution tails", mine, sizes, tails, err);
+    ops->memory.copy_rows(&engine->exec, mine, row_bytes, lr_act_at(ops, in, (step->n_rows - rows) * in_stride),
+                          (size_t)in_stride * lr_act_bytes(ops), row_bytes, rows);
+    return lr_comm_all_gather_v(engine->links, "convolution tails", mine, sizes, tails, err);
 }
 
 /* The session's tail after the wave: the last taps-1 rows of (what came before, the last active
  * segment). */
-static void advance_tail(const struct lr_step *step, const float *tails, float *session_tail)
+static void advance_tail(const struct lr_step *step, const lr_act *tails, lr_act *session_tail)
 {
-    const struct lr_model_dims *dims = &step->session->engine->model.dims;
-    int64_t taps = dims->conv_taps - 1, channels = dims->conv_channels;
+    const struct lr_engine *engine = step->session->engine;
+    const struct lr_model_dims *dims = &engine->model.dims;
+    const struct lr_memory_ops *memory = &engine->ops->memory;
+    int64_t taps = dims->conv_taps - 1;
+    size_t row_bytes = (size_t)dims->conv_channels * lr_act_bytes(engine->ops);
     int last = step->wave->n_active - 1;
     int64_t rows = lr_min_i64(lr_wave_length(step->wave, last), taps);
-    const float *before = last > 0 ? tails + (last - 1) * taps * channels : session_tail;
-    memmove(session_tail, before + rows * channels, (size_t)((taps - rows) * channels) * sizeof(float));
-    memcpy(session_tail + (taps - rows) * channels, tails + last * taps * channels,
-           (size_t)(rows * channels) * sizeof(float));
+    const char *segments = tails, *before = last > 0 ? segments + (size_t)((last - 1) * taps) * row_bytes : session_tail;
+    char *tail = session_tail;
+    /* row by row, upwards: `before` may be the tail itself */
+    for (int64_t i = 0; i < taps - rows; i++)
+        memory->copy(&engine->exec, tail + (size_t)i * row_bytes, before + (size_t)(i + rows) * row_bytes, row_bytes);
+    memory->copy(&engine->exec, tail + (size_t)(taps - rows) * row_bytes, segments + (size_t)(last * taps) * row_bytes,
+                 (size_t)rows * row_bytes);
 }
 
 /* Hands the state through the wave's workers in order. s_in: the state that enters my segment. */
@@ -106,24 +119,25 @@ static enum lr_status scan_states(struct lr_step *step,
                                   struct lr_error *err)
 {
     struct lr_engine *engine = step->session->engine;
-    struct lr_comm *comm = engine->comm;
+    const struct lr_memory_ops *memory = &engine->ops->memory;
+    struct lr_comm *links = engine->links;
     size_t bytes = lr_state_floats(&engine->model.dims) * sizeof(float);
     int last = step->wave->n_active - 1;
-    if (comm->rank == 0)
-        memcpy(s_in, session_state, bytes);
+    if (links->rank == 0)
+        memory->copy(&engine->exec, s_in, session_state, bytes);
     for (int r = 0; r <= last; r++) {
         if (r > 0)
-            LR_TRY(lr_comm_pass(comm, "delta state", r - 1, s_out, r, s_in, bytes, err));
-        if (r == comm->rank) {
+            LR_TRY(lr_comm_pass(links, "delta state", r - 1, s_out, r, s_in, bytes, err));
+        if (r == links->rank) {
             struct lr_delta_fold_args fold = {
                 .shape = engine->model.dims.delta, .m = m, .b = b, .s_in = s_in, .s_out = s_out};
             engine->ops->delta_fold(&engine->exec, &fold);
         }
     }
     if (last > 0)
-        return lr_comm_pass(comm, "delta state", last, s_out, 0, session_state, bytes, err);
-    if (comm->rank == 0)
-        memcpy(session_state, s_out, bytes);
+        return lr_comm_pass(links, "delta state", last, s_out, 0, session_state, bytes, err);
+    if (links->rank == 0)
+        memory->copy(&engine->exec, session_state, s_out, bytes);
     return LR_OK;
 }
 
@@ -131,8 +145,8 @@ static enum lr_status scan_states(struct lr_step *step,
  * and g. */
 static void prepare_qk_gates(const struct lr_step *step,
                              const struct lr_gated_delta_weights *w,
-                             float *mixed,
-                             const float *in,
+                             lr_act *mixed,
+                             const lr_act *in,
                              float *beta,
                              float *g)
 {
@@ -148,11 +162,11 @@ static void prepare_qk_gates(const struct lr_step *step,
                                   .eps = 1e-6f,
                                   .scale = 1.0f / sqrtf((float)s->dk)};
     engine->ops->l2norm(&engine->exec, &norm);
-    norm.x = mixed + c.k;
+    norm.x = lr_act_at(engine->ops, mixed, c.k);
     norm.scale = 1.0f;
     engine->ops->l2norm(&engine->exec, &norm);
-    struct lr_delta_gates_args gates = {.b = in + c.b,
-                                        .a = in + c.a,
+    struct lr_delta_gates_args gates = {.b = lr_act_at(engine->ops, in, c.b),
+                                        .a = lr_act_at(engine->ops, in, c.a),
                                         .ba_stride = c.total,
                                         .a_log = w->a_log,
                                         .dt_bias = w->dt_bias,
@@ -164,7 +178,7 @@ static void prepare_qk_gates(const struct lr_step *step,
 }
 
 /* o -> norm gated by z -> out projection, added to the residual stream. */
-static void finish(const struct lr_step *step, const struct lr_gated_delta_weights *w, float *o, const float *in)
+static void finish(const struct lr_step *step, const struct lr_gated_delta_weights *w, lr_act *o, const lr_act *in)
 {
     const struct lr_engine *engine = step->session->engine;
     const struct lr_model_dims *dims = &engine->model.dims;
@@ -172,7 +186,7 @@ static void finish(const struct lr_step *step, const struct lr_gated_delta_weigh
     struct columns c = columns_of(dims);
     struct lr_gated_rmsnorm_args norm = {.x = o,
                                          .x_stride = s->n_v_heads * s->dv,
-                                         .z = in + c.z,
+                                         .z = lr_act_at(engine->ops, in, c.z),
                                          .z_stride = c.total,
                                          .w = w->norm,
                                          .y = o,
@@ -188,11 +202,12 @@ static void finish(const struct lr_step *step, const struct lr_gated_delta_weigh
                                .y = step->x,
                                .y_stride = dims->d,
                                .n_rows = step->n_rows,
-                               .accumulate = 1};
+                               .accumulate = 1,
+                               .wide = 1};
     engine->ops->gemm(&engine->exec, &out);
 }
 
-static void project_in(const struct lr_step *step, const struct lr_gated_delta_weights *w, float *in)
+static void project_in(const struct lr_step *step, const struct lr_gated_delta_weights *w, lr_act *in)
 {
     const struct lr_engine *engine = step->session->engine;
     struct lr_gemm_args args = {.a = step->h,
@@ -212,21 +227,22 @@ static enum lr_status prefill(struct lr_step *step, const struct lr_layer *layer
     const struct lr_delta_shape *s = &dims->delta;
     const struct lr_gated_delta_weights *w = &layer->delta;
     struct columns c = columns_of(dims);
-    int64_t n = step->n_rows, channels = dims->conv_channels;
+    int64_t n = step->n_rows, channels = dims->conv_channels, tail = (int64_t)lr_tail_elements(dims);
+    const struct lr_kernel_ops *ops = engine->ops;
     float *session_state = session->states + (size_t)layer->mixer_index * lr_state_floats(dims);
-    float *session_tail = session->tails + (size_t)layer->mixer_index * lr_tail_floats(dims);
+    lr_act *session_tail = lr_act_at(ops, session->tails, layer->mixer_index * tail);
 
-    float *in = LR_STEP_ARRAY(session, float, n *c.total);
+    lr_act *in = lr_step_act(session, n * c.total);
     project_in(step, w, in);
 
-    float *tails = LR_STEP_ARRAY(session, float, engine->comm->size *(int64_t)lr_tail_floats(dims));
+    lr_act *tails = lr_step_act(session, engine->links->size * tail);
     LR_TRY(gather_tails(step, in, c.total, tails, err));
-    int rank = engine->comm->rank;
-    float *mixed = LR_STEP_ARRAY(session, float, n *channels);
+    int rank = engine->links->rank;
+    lr_act *mixed = lr_step_act(session, n * channels);
     struct lr_conv_args conv = {.x = in,
                                 .x_stride = c.total,
                                 .w = w->conv,
-                                .tail = rank > 0 ? tails + (size_t)(rank - 1) * lr_tail_floats(dims) : session_tail,
+                                .tail = rank > 0 ? lr_act_at(ops, tails, (rank - 1) * tail) : session_tail,
                                 .y = mixed,
                                 .y_stride = channels,
                                 .n_rows = n,
@@ -237,71 +253,59 @@ static enum lr_status prefill(struct lr_step *step, const struct lr_layer *layer
         engine->ops->conv(&engine->exec, &conv);
     advance_tail(step, tails, session_tail);
 
-    float *beta = LR_STEP_ARRAY(session, float, n * s->n_v_heads);
-    float *g = LR_STEP_ARRAY(session, float, n * s->n_v_heads);
+    float *beta = LR_STEP_TENSOR(session, float, n * s->n_v_heads);
+    float *g = LR_STEP_TENSOR(session, float, n * s->n_v_heads);
     prepare_qk_gates(step, w, mixed, in, beta, g);
 
-    float *m = LR_STEP_ARRAY(session, float, s->n_v_heads * s->dk * s->dk);
-    float *b = LR_STEP_ARRAY(session, float, lr_state_floats(dims));
-    float *s_in = LR_STEP_ARRAY(session, float, lr_state_floats(dims));
-    float *s_out = LR_STEP_ARRAY(session, float, lr_state_floats(dims));
+    float *m = LR_STEP_TENSOR(session, float, s->n_v_heads * s->dk * s->dk);
+    float *b = LR_STEP_TENSOR(session, float, lr_state_floats(dims));
+    float *s_in = LR_STEP_TENSOR(session, float, lr_state_floats(dims));
+    float *s_out = LR_STEP_TENSOR(session, float, lr_state_floats(dims));
     struct lr_delta_segment_args segment = {.shape = *s,
                                             .q = mixed,
-                                            .k = mixed + c.k,
-                                            .v = mixed + c.v,
+                                            .k = lr_act_at(ops, mixed, c.k),
+                                            .v = lr_act_at(ops, mixed, c.v),
                                             .qkv_stride = channels,
                                             .g = g,
                                             .beta = beta,
                                             .n_rows = n,
-                                            .work =
-                                                LR_STEP_ARRAY(session, float, engine->ops->delta_work_floats(*s, n))};
+                                            .work = LR_STEP_TENSOR(session, float, ops->delta_work_floats(*s, n))};
     if (n > 0)
-        engine->ops->delta_summary(&engine->exec, &segment, m, b);
+        ops->delta_summary(&engine->exec, &segment, m, b);
     LR_TRY(scan_states(step, session_state, m, b, s_in, s_out, err));
     if (n == 0)
         return LR_OK;
-    float *o = LR_STEP_ARRAY(session, float, n * s->n_v_heads * s->dv);
-    engine->ops->delta_output(&engine->exec, &segment, s_in, o, s->n_v_heads * s->dv);
+    lr_act *o = lr_step_act(session, n * s->n_v_heads * s->dv);
+    ops->delta_output(&engine->exec, &segment, s_in, o, s->n_v_heads * s->dv);
     finish(step, w, o, in);
     return LR_OK;
 }
 
-/* Convolution of the forks' rows: each fork's inputs are lined up behind its tail, then put back
- * time-major. */
+/* Slice by slice: every fork's convolution moves on by one token. */
 static void convolve_forks(
-    const struct lr_step *step, const struct lr_layer *layer, const float *in, int64_t in_stride, float *mixed)
+    const struct lr_step *step, const struct lr_layer *layer, const lr_act *in, int64_t in_stride, lr_act *mixed)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
+    const struct lr_kernel_ops *ops = engine->ops;
     const struct lr_model_dims *dims = &engine->model.dims;
     const struct lr_batch *batch = step->batch;
-    int64_t taps = dims->conv_taps - 1, channels = dims->conv_channels;
-    size_t row_bytes = (size_t)channels * sizeof(float);
-    size_t mark = session->workspace.used_bytes;
-    float *line = LR_STEP_ARRAY(session, float, (step->n_rows + taps) * channels);
-    float *made = LR_STEP_ARRAY(session, float, step->n_rows *channels);
-    for (int64_t f = 0; f < batch->n_forks; f++) {
-        int64_t n = lr_batch_fork_tokens(batch, f);
-        float *tail = batch->forks[f]->tails + (size_t)layer->mixer_index * lr_tail_floats(dims);
-        memcpy(line, tail, (size_t)taps * row_bytes);
-        for (int64_t j = 0; j < n; j++)
-            memcpy(line + (taps + j) * channels, in + (batch->slice_first[j] + f) * in_stride, row_bytes);
-        struct lr_conv_args conv = {.x = line + taps * channels,
-                                    .x_stride = channels,
-                                    .w = layer->delta.conv,
-                                    .tail = line,
-                                    .y = made,
-                                    .y_stride = channels,
-                                    .n_rows = n,
-                                    .n_channels = channels,
-                                    .n_taps = dims->conv_taps,
-                                    .activation = dims->activation};
-        engine->ops->conv(&engine->exec, &conv);
-        for (int64_t j = 0; j < n; j++)
-            memcpy(mixed + (batch->slice_first[j] + f) * channels, made + j * channels, row_bytes);
-        memcpy(tail, line + n * channels, (size_t)taps * row_bytes);
+    lr_act **tails = LR_STEP_TABLE(session, lr_act *, batch->n_forks);
+    for (int64_t f = 0; f < batch->n_forks; f++)
+        tails[f] = lr_act_at(ops, batch->forks[f]->tails, layer->mixer_index * (int64_t)lr_tail_elements(dims));
+    for (int64_t j = 0; j < batch->n_slices; j++) {
+        struct lr_conv_step_args conv = {.x = lr_act_at(ops, in, batch->slice_first[j] * in_stride),
+                                         .x_stride = in_stride,
+                                         .w = layer->delta.conv,
+                                         .tails = tails,
+                                         .y = lr_act_at(ops, mixed, batch->slice_first[j] * dims->conv_channels),
+                                         .y_stride = dims->conv_channels,
+                                         .n_rows = lr_batch_slice_rows(batch, j),
+                                         .n_channels = dims->conv_channels,
+                                         .n_taps = dims->conv_taps,
+                                         .activation = dims->activation};
+        ops->conv_step(&engine->exec, &conv);
     }
-    lr_arena_rewind(&session->workspace, mark);
 }
 
 static enum lr_status extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err)
@@ -309,6 +313,7 @@ static enum lr_status extend(struct lr_step *step, const struct lr_layer *layer,
     (void)err;
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
+    const struct lr_kernel_ops *ops = engine->ops;
     const struct lr_model_dims *dims = &engine->model.dims;
     const struct lr_delta_shape *s = &dims->delta;
     const struct lr_gated_delta_weights *w = &layer->delta;
@@ -316,33 +321,33 @@ static enum lr_status extend(struct lr_step *step, const struct lr_layer *layer,
     struct columns c = columns_of(dims);
     int64_t n = step->n_rows, channels = dims->conv_channels, width = s->n_v_heads * s->dv;
 
-    float *in = LR_STEP_ARRAY(session, float, n *c.total);
+    lr_act *in = lr_step_act(session, n * c.total);
     project_in(step, w, in);
-    float *mixed = LR_STEP_ARRAY(session, float, n *channels);
+    lr_act *mixed = lr_step_act(session, n * channels);
     convolve_forks(step, layer, in, c.total, mixed);
-    float *beta = LR_STEP_ARRAY(session, float, n * s->n_v_heads);
-    float *g = LR_STEP_ARRAY(session, float, n * s->n_v_heads);
+    float *beta = LR_STEP_TENSOR(session, float, n * s->n_v_heads);
+    float *g = LR_STEP_TENSOR(session, float, n * s->n_v_heads);
     prepare_qk_gates(step, w, mixed, in, beta, g);
 
-    float *o = LR_STEP_ARRAY(session, float, n *width);
-    float **states = LR_STEP_ARRAY(session, float *, batch->n_forks);
+    lr_act *o = lr_step_act(session, n * width);
+    float **states = LR_STEP_TABLE(session, float *, batch->n_forks);
     for (int64_t f = 0; f < batch->n_forks; f++)
         states[f] = batch->forks[f]->states + (size_t)layer->mixer_index * lr_state_floats(dims);
     for (int64_t j = 0; j < batch->n_slices; j++) {
         int64_t row = batch->slice_first[j];
-        const float *q = mixed + row * channels;
+        const lr_act *q = lr_act_at(ops, mixed, row * channels);
         struct lr_delta_step_args args = {.shape = *s,
                                           .q = q,
-                                          .k = q + c.k,
-                                          .v = q + c.v,
+                                          .k = lr_act_at(ops, q, c.k),
+                                          .v = lr_act_at(ops, q, c.v),
                                           .qkv_stride = channels,
                                           .g = g + row * s->n_v_heads,
                                           .beta = beta + row * s->n_v_heads,
                                           .states = states,
-                                          .o = o + row * width,
+                                          .o = lr_act_at(ops, o, row * width),
                                           .o_stride = width,
                                           .n_rows = lr_batch_slice_rows(batch, j)};
-        engine->ops->delta_step(&engine->exec, &args);
+        ops->delta_step(&engine->exec, &args);
     }
     finish(step, w, o, in);
     return LR_OK;

@@ -3,17 +3,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ALIGN = 64 };
-
 static void *take(struct lr_loader *loader, size_t bytes)
 {
-    loader->bytes += (bytes + ALIGN - 1) & ~(size_t)(ALIGN - 1);
+    loader->bytes += lr_arena_array_bytes(bytes, 1);
     return loader->arena ? lr_arena_alloc(loader->arena, bytes, 1) : NULL;
 }
 
 void *lr_load_array(struct lr_loader *loader, int64_t count, size_t size)
 {
-    return take(loader, (size_t)count * size);
+    loader->table_bytes += lr_arena_array_bytes((size_t)count, size);
+    return loader->tables ? lr_arena_alloc(loader->tables, (size_t)count, size) : NULL;
 }
 
 static int64_t piece_rows(const struct lr_weight_piece *piece)
@@ -99,6 +98,23 @@ enum lr_status lr_load_weight(struct lr_loader *loader,
     return LR_OK;
 }
 
+/* n elements of a tensor, widened, to `to` in the backend's memory. */
+static enum lr_status
+upload_floats(const struct lr_loader *loader, const struct lr_tensor *tensor, int64_t n, float *to, struct lr_error *err)
+{
+    if (loader->ops->host_memory) {
+        lr_tensor_widen(tensor, 0, n, to);
+        return LR_OK;
+    }
+    float *wide = malloc((size_t)(n > 0 ? n : 1) * sizeof *wide);
+    if (!wide)
+        return lr_fail(err, LR_NO_MEMORY, "no memory to widen tensor %s", tensor->name);
+    lr_tensor_widen(tensor, 0, n, wide);
+    loader->ops->memory.upload(loader->exec, to, wide, (size_t)n * sizeof *wide);
+    free(wide);
+    return LR_OK;
+}
+
 enum lr_status lr_load_floats(
     struct lr_loader *loader, const char *name, int n_dims, const int64_t *shape, float **out, struct lr_error *err)
 {
@@ -110,7 +126,54 @@ enum lr_status lr_load_floats(
     loader->n_parameters += n;
     float *floats = take(loader, (size_t)n * sizeof *floats);
     if (loader->arena)
-        lr_tensor_widen(&tensor, 0, n, floats);
+        LR_TRY(upload_floats(loader, &tensor, n, floats, err));
     *out = floats;
+    return LR_OK;
+}
+
+enum lr_status lr_load_floats_joined(struct lr_loader *loader,
+                                     const char *const *names,
+                                     const int64_t *n_elements,
+                                     int n_tensors,
+                                     float **out,
+                                     struct lr_error *err)
+{
+    int64_t n = 0;
+    for (int i = 0; i < n_tensors; i++)
+        n += n_elements[i];
+    loader->n_parameters += n;
+    float *floats = take(loader, (size_t)n * sizeof *floats);
+    n = 0;
+    for (int i = 0; i < n_tensors; i++) {
+        struct lr_tensor tensor;
+        LR_TRY(lr_checkpoint_take(loader->checkpoint, names[i], 1, &n_elements[i], &tensor, err));
+        if (loader->arena)
+            LR_TRY(upload_floats(loader, &tensor, n_elements[i], floats + n, err));
+        n += n_elements[i];
+    }
+    *out = floats;
+    return LR_OK;
+}
+
+enum lr_status lr_load_rows(struct lr_loader *loader,
+                            const char *name,
+                            int64_t n_rows,
+                            int64_t k,
+                            const void **out,
+                            enum lr_dtype *dtype,
+                            struct lr_error *err)
+{
+    int64_t shape[2] = {n_rows, k};
+    struct lr_tensor tensor;
+    LR_TRY(lr_checkpoint_take(loader->checkpoint, name, 2, shape, &tensor, err));
+    *out = tensor.data;
+    *dtype = tensor.dtype;
+    if (loader->ops->host_memory)
+        return LR_OK;
+    size_t bytes = (size_t)(n_rows * k) * lr_dtype_bytes(tensor.dtype);
+    void *rows = take(loader, bytes);
+    if (loader->arena)
+        loader->ops->memory.upload(loader->exec, rows, tensor.data, bytes);
+    *out = rows;
     return LR_OK;
 }

@@ -10,8 +10,11 @@
 struct lr_loader {
     struct lr_checkpoint *checkpoint;
     const struct lr_kernel_ops *ops;
-    struct lr_arena *arena; /* NULL while measuring */
-    size_t bytes;           /* taken so far, measured or loaded */
+    const struct lr_exec *exec;
+    struct lr_arena *arena;  /* backend memory; NULL while measuring */
+    struct lr_arena *tables; /* host memory; NULL while measuring */
+    size_t bytes;            /* taken of the first so far, measured or loaded */
+    size_t table_bytes;      /* of the second */
     int64_t n_parameters;   /* of the tensors visited, whole matrices */
 };
 
@@ -39,11 +42,28 @@ LR_MUST_USE enum lr_status lr_load_weight(struct lr_loader *loader,
                                           struct lr_weight *out,
                                           struct lr_error *err);
 
+/* Several tensors [n_elements each] one behind the other as float32. */
+LR_MUST_USE enum lr_status lr_load_floats_joined(struct lr_loader *loader,
+                                                 const char *const *names,
+                                                 const int64_t *n_elements,
+                                                 int n_tensors,
+                                                 float **out,
+                                                 struct lr_error *err);
+
 /* A tensor [n] (or any shape of n elements, given by n_dims and shape) as float32. */
 LR_MUST_USE enum lr_status lr_load_floats(
     struct lr_loader *loader, const char *name, int n_dims, const int64_t *shape, float **out, struct lr_error *err);
 
-/* `count` objects of the model's arena, zeroed; NULL while measuring. */
+/* A tensor [n_rows, k] as it is, row-major: in the mapped file where the backend's memory is the host's. */
+LR_MUST_USE enum lr_status lr_load_rows(struct lr_loader *loader,
+                                        const char *name,
+                                        int64_t n_rows,
+                                        int64_t k,
+                                        const void **out,
+                                        enum lr_dtype *dtype,
+                                        struct lr_error *err);
+
+/* `count` objects of host memory that live as long as the model, zeroed; NULL while measuring. */
 void *lr_load_array(struct lr_loader *loader, int64_t count, size_t size);
 
 #endif

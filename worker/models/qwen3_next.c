@@ -111,16 +111,12 @@ static enum lr_status attention_biases(const struct builder *b, struct lr_attent
 {
     const struct lr_model_dims *dims = b->dims;
     int64_t q = 2 * dims->n_heads * dims->head_dim, kv = dims->n_kv_heads * dims->head_dim;
-    float *q_bias, *k_bias, *v_bias;
-    LR_TRY(floats(b, "self_attn.q_proj.bias", q, &q_bias, err));
-    LR_TRY(floats(b, "self_attn.k_proj.bias", kv, &k_bias, err));
-    LR_TRY(floats(b, "self_attn.v_proj.bias", kv, &v_bias, err));
-    out->in_bias = lr_load_array(b->loader, q + 2 * kv, sizeof(float));
-    if (out->in_bias) {
-        memcpy(out->in_bias, q_bias, (size_t)q * sizeof(float));
-        memcpy(out->in_bias + q, k_bias, (size_t)kv * sizeof(float));
-        memcpy(out->in_bias + q + kv, v_bias, (size_t)kv * sizeof(float));
-    }
+    char names[3][NAME_BYTES];
+    name_tensor(b, names[0], "self_attn.q_proj.bias");
+    name_tensor(b, names[1], "self_attn.k_proj.bias");
+    name_tensor(b, names[2], "self_attn.v_proj.bias");
+    const char *const pointers[3] = {names[0], names[1], names[2]};
+    LR_TRY(lr_load_floats_joined(b->loader, pointers, (int64_t[3]){q, kv, kv}, 3, &out->in_bias, err));
     return floats(b, "self_attn.o_proj.bias", dims->d, &out->out_bias, err);
 }
 
@@ -207,11 +203,8 @@ static enum lr_status layers(struct builder *b, struct lr_layer *all, struct lr_
 
 static enum lr_status embedding(const struct builder *b, struct lr_model *model, struct lr_error *err)
 {
-    int64_t shape[2] = {b->dims->vocab, b->dims->d};
-    struct lr_tensor tensor;
-    LR_TRY(lr_checkpoint_take(b->loader->checkpoint, "model.embed_tokens.weight", 2, shape, &tensor, err));
-    model->embed = tensor.data;
-    model->embed_dtype = tensor.dtype;
+    LR_TRY(lr_load_rows(b->loader, "model.embed_tokens.weight", b->dims->vocab, b->dims->d, &model->embed,
+                        &model->embed_dtype, err));
     struct lr_weight_piece head = {.name =
                                        b->config->tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight",
                                    .n_rows = b->dims->vocab};

@@ -1,0 +1,288 @@
+/* One opened device: its stream, the ring through which host arrays go up, scratch memory, the first error.
+ *
+ *   ring   | part 0 | part 1 | part 2 | part 3 |      pinned and device memory, the same offsets
+ *                        ^ filling
+ *
+ * An array lies in one part. Entering a part records an event; before part p is written again, everything launched
+ * before part p - 1 was entered must be done. So a slot may upload up to two parts' worth (32 MiB) before it launches
+ * the readers, and the host runs ahead of the device by up to a part. */
+#include "kernels/cuda/backend.h"
+#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/device.h"
+
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+namespace
+{
+
+constexpr int N_PARTS = 4;
+constexpr size_t PART_BYTES = LR_CUDA_RING_BYTES / N_PARTS;
+constexpr size_t ALIGNMENT = 256;
+constexpr int64_t SPIN_NS = 2000000; /* a wait polls without pause for so long, then dozes between looks */
+constexpr int64_t DOZE_NS = 50000;
+
+struct backend {
+    int device, n_multiprocessors;
+    char name[256];
+    cudaStream_t stream;
+    cublasLtHandle_t blas;
+    char *pinned, *ring, *landing, *scratch;
+    cudaEvent_t entered[N_PARTS]; /* recorded when the part was last entered */
+    size_t filled;                /* bytes of the current part */
+    int part;
+    int error; /* the first since the last report, a cudaError_t */
+    const char *slot;
+    const char *last_slot;
+    enum lr_status stopped; /* what `idle` said in a wait that could not say so itself */
+    struct lr_error stopped_why;
+    lr_cuda_idle *idle;
+    void *idle_context;
+};
+
+struct backend *of(const struct lr_exec *exec)
+{
+    return static_cast<struct backend *>(exec->backend);
+}
+
+int64_t now_ns()
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return static_cast<int64_t>(t.tv_sec) * 1000000000 + t.tv_nsec;
+}
+
+/* Waits until `query` no longer says "not ready", giving `idle` its turn. Returns the device's error. */
+template <class Query>
+cudaError_t poll(struct backend *b, Query query, enum lr_status *idle_status, struct lr_error *err)
+{
+    const int64_t start = now_ns();
+    for (;;) {
+        const cudaError_t state = query();
+        if (state != cudaErrorNotReady)
+            return state;
+        (void)cudaGetLastError(); /* "not ready" is kept as an error otherwise */
+        if (b->idle != nullptr && (*idle_status = b->idle(b->idle_context, err)) != LR_OK)
+            return cudaSuccess;
+        if (now_ns() - start > SPIN_NS) {
+            const struct timespec doze = {0, DOZE_NS};
+            nanosleep(&doze, nullptr);
+        } else {
+            sched_yield();
+        }
+    }
+}
+
+void enter_part(const struct lr_exec *exec, int part)
+{
+    struct backend *b = of(exec);
+    const cudaEvent_t readers = b->entered[b->part];
+    enum lr_status status = LR_OK;
+    lr_cuda_note(exec,
+                 poll(
+                     b, [readers] { return cudaEventQuery(readers); }, &status, &b->stopped_why),
+                 "upload");
+    if (status != LR_OK)
+        b->stopped = status;
+    b->part = part;
+    b->filled = 0;
+    lr_cuda_note(exec, cudaEventRecord(b->entered[part], b->stream), "upload");
+}
+
+enum lr_status fail(struct lr_error *err, cudaError_t error, int device, const char *what)
+{
+    (void)cudaGetLastError();
+    return lr_fail(err, error == cudaErrorMemoryAllocation ? LR_NO_MEMORY : LR_INTERNAL, "GPU %d: cannot %s: %s",
+                   device, what, cudaGetErrorString(error));
+}
+
+#define CUDA_TRY(call, what)                                                                                           \
+    do {                                                                                                               \
+        const cudaError_t cuda_try_error_ = (call);                                                                    \
+        if (cuda_try_error_ != cudaSuccess)                                                                            \
+            return fail(err, cuda_try_error_, b->device, what);                                                        \
+    } while (0)
+
+enum lr_status choose_device(struct backend *b, struct lr_error *err)
+{
+    const int n_devices = lr_cuda_device_count();
+    if (b->device < 0 || b->device >= n_devices)
+        return lr_fail(err, LR_INVALID, "no GPU %d: this machine has %d usable ones", b->device, n_devices);
+    struct cudaDeviceProp properties;
+    CUDA_TRY(cudaGetDeviceProperties(&properties, b->device), "read its properties");
+    if (properties.major != 9)
+        return lr_fail(err, LR_UNSUPPORTED, "GPU %d (%s) is sm_%d%d; the CUDA backend is built for sm_90 (H100, H200)",
+                       b->device, properties.name, properties.major, properties.minor);
+    memcpy(b->name, properties.name, sizeof b->name - 1);
+    b->n_multiprocessors = properties.multiProcessorCount;
+    CUDA_TRY(cudaSetDevice(b->device), "start it");
+    return LR_OK;
+}
+
+enum lr_status open_resources(struct backend *b, struct lr_error *err)
+{
+    CUDA_TRY(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), "make a stream");
+    CUDA_TRY(cudaMallocHost(reinterpret_cast<void **>(&b->pinned), LR_CUDA_RING_BYTES), "pin 64 MiB of host memory");
+    CUDA_TRY(cudaMallocHost(reinterpret_cast<void **>(&b->landing), LR_CUDA_LANDING_BYTES), "pin 8 MiB of host memory");
+    CUDA_TRY(cudaMalloc(reinterpret_cast<void **>(&b->ring), LR_CUDA_RING_BYTES), "reserve 64 MiB");
+    CUDA_TRY(cudaMalloc(reinterpret_cast<void **>(&b->scratch), LR_CUDA_SCRATCH_BYTES), "reserve 64 MiB");
+    for (int i = 0; i < N_PARTS; i++)
+        CUDA_TRY(cudaEventCreateWithFlags(&b->entered[i], cudaEventDisableTiming), "make an event");
+    CUDA_TRY(cudaEventRecord(b->entered[0], b->stream), "record an event");
+    const cublasStatus_t status = cublasLtCreate(&b->blas);
+    if (status != CUBLAS_STATUS_SUCCESS)
+        return lr_fail(err, LR_INTERNAL, "GPU %d: cuBLASLt does not start: %s", b->device,
+                       cublasLtGetStatusString(status));
+    return LR_OK;
+}
+
+#undef CUDA_TRY
+
+/* Whatever of it was opened. */
+void close_resources(struct backend *b)
+{
+    if (b->blas != nullptr)
+        cublasLtDestroy(b->blas);
+    for (int i = 0; i < N_PARTS; i++)
+        if (b->entered[i] != nullptr)
+            cudaEventDestroy(b->entered[i]);
+    cudaFree(b->scratch);
+    cudaFree(b->ring);
+    cudaFreeHost(b->landing);
+    cudaFreeHost(b->pinned);
+    if (b->stream != nullptr)
+        cudaStreamDestroy(b->stream);
+    (void)cudaGetLastError();
+    free(b);
+}
+
+} // namespace
+
+int lr_cuda_device_count(void)
+{
+    int n = 0;
+    if (cudaGetDeviceCount(&n) != cudaSuccess)
+        n = 0;
+    (void)cudaGetLastError();
+    return n;
+}
+
+enum lr_status lr_cuda_device_open(int device, struct lr_exec *exec, struct lr_error *err)
+{
+    struct backend *b = static_cast<struct backend *>(calloc(1, sizeof *b));
+    if (b == nullptr)
+        return lr_fail(err, LR_NO_MEMORY, "no host memory for the CUDA backend");
+    b->device = device;
+    b->last_slot = "open";
+    enum lr_status status = choose_device(b, err);
+    if (status == LR_OK)
+        status = open_resources(b, err);
+    if (status != LR_OK) {
+        close_resources(b);
+        return status;
+    }
+    exec->backend = b;
+    exec->stream = b->stream;
+    return LR_OK;
+}
+
+void lr_cuda_device_close(struct lr_exec *exec)
+{
+    if (exec->backend == nullptr)
+        return;
+    (void)cudaStreamSynchronize(of(exec)->stream);
+    close_resources(of(exec));
+    exec->backend = nullptr;
+    exec->stream = nullptr;
+}
+
+const char *lr_cuda_device_name(const struct lr_exec *exec)
+{
+    return of(exec)->name;
+}
+
+void lr_cuda_set_idle(struct lr_exec *exec, lr_cuda_idle *idle, void *context)
+{
+    of(exec)->idle = idle;
+    of(exec)->idle_context = context;
+}
+
+struct lr_cuda_space lr_cuda_ring_take(const struct lr_exec *exec, size_t size_bytes)
+{
+    struct backend *b = of(exec);
+    const size_t taken = (size_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    if (b->filled + taken > PART_BYTES)
+        enter_part(exec, (b->part + 1) % N_PARTS);
+    const size_t at = static_cast<size_t>(b->part) * PART_BYTES + b->filled;
+    b->filled += taken;
+    return {b->pinned + at, b->ring + at};
+}
+
+const void *lr_cuda_upload(const struct lr_exec *exec, const void *host, size_t size_bytes)
+{
+    const struct lr_cuda_space space = lr_cuda_ring_take(exec, size_bytes);
+    if (size_bytes > 0) {
+        memcpy(space.pinned, host, size_bytes);
+        lr_cuda_note(exec,
+                     cudaMemcpyAsync(space.device, space.pinned, size_bytes, cudaMemcpyHostToDevice, of(exec)->stream),
+                     "upload");
+    }
+    return space.device;
+}
+
+void *lr_cuda_landing(const struct lr_exec *exec)
+{
+    return of(exec)->landing;
+}
+
+void *lr_cuda_scratch(const struct lr_exec *exec)
+{
+    return of(exec)->scratch;
+}
+
+void *lr_cuda_blas(const struct lr_exec *exec)
+{
+    return of(exec)->blas;
+}
+
+int lr_cuda_multiprocessors(const struct lr_exec *exec)
+{
+    return of(exec)->n_multiprocessors;
+}
+
+void lr_cuda_note(const struct lr_exec *exec, int error, const char *slot)
+{
+    struct backend *b = of(exec);
+    b->last_slot = slot;
+    if (error != cudaSuccess && b->error == cudaSuccess) {
+        b->error = error;
+        b->slot = slot;
+    }
+}
+
+enum lr_status lr_cuda_drain(const struct lr_exec *exec, struct lr_error *err)
+{
+    struct backend *b = of(exec);
+    enum lr_status status = LR_OK;
+    if (b->stopped == LR_OK) {
+        const cudaStream_t stream = b->stream;
+        const cudaError_t found = poll(
+            b, [stream] { return cudaStreamQuery(stream); }, &status, err);
+        lr_cuda_note(exec, found, b->last_slot);
+    } else {
+        status = lr_fail(err, b->stopped, "%s", b->stopped_why.message);
+    }
+    const int error = b->error;
+    b->error = cudaSuccess;
+    b->stopped = LR_OK;
+    if (status != LR_OK)
+        return status;
+    if (error != cudaSuccess)
+        return lr_fail(err, LR_INTERNAL, "GPU %d (%s): %s, at or before %s", b->device, b->name,
+                       cudaGetErrorString(static_cast<cudaError_t>(error)), b->slot);
+    return LR_OK;
+}

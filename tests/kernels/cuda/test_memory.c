@@ -1,0 +1,163 @@
+/* The device's memory, the ring, and waiting. */
+#include "tests/kernels/cuda/check.h"
+
+/* Four rings' worth of uploads of odd sizes: every copy is what was given, though the host array changes at once. */
+static void ring_comes_round(void)
+{
+    enum { N = 300, MOST = 1 << 20 };
+    uint64_t seed = 1;
+    unsigned char *host = check_host(MOST);
+    void *kept = check_device((size_t)N * 64);
+    size_t sent = 0;
+    for (int i = 0; i < N; i++) {
+        size_t n = 64 + (size_t)(check_bits(&seed) % (MOST - 64));
+        memset(host, i & 0xff, n);
+        const void *device = lr_cuda_upload(&check.exec, host, n);
+        check_that((uintptr_t)device % 256 == 0, "an upload is 256-byte aligned", i);
+        lr_cuda_memory.copy(&check.exec, (char *)kept + i * 64, (const char *)device + n - 64, 64);
+        memset(host, 0xee, n);
+        sent += n;
+    }
+    check_that(sent > 2 * (size_t)LR_CUDA_RING_BYTES, "the ring came round", (long long)sent);
+    unsigned char *got = check_host((size_t)N * 64);
+    check_download(got, kept, (size_t)N * 64);
+    for (int i = 0; i < N * 64; i++)
+        check_that(got[i] == (i / 64 & 0xff), "an uploaded byte", i);
+}
+
+/* A reader launched after two later uploads that crossed into the next part still finds its array. */
+static void ring_waits_for_readers(void)
+{
+    enum { N = LR_CUDA_MAX_UPLOAD_BYTES, ROUNDS = 12 };
+    unsigned char *host = check_host(N);
+    void *kept = check_device((size_t)ROUNDS * 2 * 256);
+    for (int i = 0; i < ROUNDS; i++) {
+        memset(host, 2 * i, N);
+        const char *first = lr_cuda_upload(&check.exec, host, N / 2);
+        memset(host, 2 * i + 1, N);
+        const char *second = lr_cuda_upload(&check.exec, host, N);
+        lr_cuda_memory.copy(&check.exec, (char *)kept + 2 * i * 256, first + N / 2 - 256, 256);
+        lr_cuda_memory.copy(&check.exec, (char *)kept + (2 * i + 1) * 256, second + N - 256, 256);
+    }
+    unsigned char *got = check_host((size_t)ROUNDS * 2 * 256);
+    check_download(got, kept, (size_t)ROUNDS * 2 * 256);
+    for (int i = 0; i < ROUNDS * 2 * 256; i++)
+        check_that(got[i] == i / 256, "an uploaded byte", i);
+}
+
+static void large_copies(void)
+{
+    static const size_t sizes[] = {0, 1, 255, 4u << 20, (4u << 20) + 1, (200u << 20) + 12345};
+    for (int i = 0; i < CHECK_COUNT(sizes); i++) {
+        size_t n = sizes[i];
+        uint64_t seed = n;
+        unsigned char *host = check_host(n + 8), *back = check_host(n + 8);
+        for (size_t j = 0; j < n; j += 8) {
+            uint64_t bits = check_bits(&seed);
+            memcpy(host + j, &bits, 8);
+        }
+        void *device = check_device(n);
+        check_upload(device, host, n);
+        check_download(back, device, n);
+        check_that(memcmp(host, back, n) == 0, "bytes go up and come down", (long long)n);
+    }
+}
+
+static void reserve_zeroes(void)
+{
+    struct lr_error err;
+    void *base = NULL;
+    size_t size = 10000001;
+    check_ok(lr_cuda_memory.reserve(size, &base, &err), &err);
+    check_that((uintptr_t)base % 256 == 0, "aligned", 0);
+    unsigned char *host = check_host(size);
+    check_download(host, base, size);
+    size_t i = 0;
+    while (i < size && host[i] == 0)
+        i++;
+    check_that(i == size, "zeroed", (long long)i);
+    lr_cuda_memory.release(base, size);
+    size_t available = lr_cuda_memory.available();
+    check_that(available > 1u << 30, "available", (long long)available);
+    enum lr_status status = lr_cuda_memory.reserve(available * 2, &base, &err);
+    check_that(status == LR_NO_MEMORY && strstr(err.message, "GiB") != NULL, "too much is refused with numbers", status);
+}
+
+static void rows_are_copied(void)
+{
+    /* row bytes, strides: 16-, 4-, 2- and 1-byte ways */
+    static const size_t shapes[][3] = {{512, 512, 1024}, {20, 24, 28}, {6, 10, 6}, {7, 9, 11}, {4096, 8192, 4096}};
+    enum { ROWS = 77 };
+    for (int i = 0; i < CHECK_COUNT(shapes); i++) {
+        size_t n = shapes[i][0], to_stride = shapes[i][1], from_stride = shapes[i][2];
+        uint64_t seed = 3;
+        unsigned char *host = check_host(ROWS * from_stride), *back = check_host(ROWS * to_stride);
+        for (size_t j = 0; j < ROWS * from_stride; j++)
+            host[j] = (unsigned char)check_bits(&seed);
+        void *from = check_device_copy(host, ROWS * from_stride), *to = check_device(ROWS * to_stride);
+        lr_cuda_memory.copy_rows(&check.exec, to, to_stride, from, from_stride, n, ROWS);
+        check_download(back, to, ROWS * to_stride);
+        for (size_t row = 0; row < ROWS; row++)
+            for (size_t j = 0; j < to_stride; j++)
+                check_that(back[row * to_stride + j] == (j < n ? host[row * from_stride + j] : 0xff), "a row's byte",
+                           (long long)(row * to_stride + j));
+    }
+    void *device = check_device(1000);
+    unsigned char back[1000];
+    lr_cuda_memory.zero(&check.exec, device, 999);
+    check_download(back, device, 1000);
+    for (int i = 0; i < 1000; i++)
+        check_that(back[i] == (i < 999 ? 0 : 0xff), "zeroed", i);
+}
+
+static enum lr_status give_up(void *context, struct lr_error *err)
+{
+    return ++*(int *)context > 3 ? lr_fail(err, LR_TIMEOUT, "the deadline is over") : LR_OK;
+}
+
+static void idle_ends_a_wait(void)
+{
+    int n_calls = 0;
+    struct lr_error err;
+    size_t size = 1u << 30;
+    void *a = NULL, *b = NULL;
+    check_ok(lr_cuda_memory.reserve(size, &a, &err), &err);
+    check_ok(lr_cuda_memory.reserve(size, &b, &err), &err);
+    for (int i = 0; i < 20; i++)
+        lr_cuda_memory.copy(&check.exec, a, b, size);
+    lr_cuda_set_idle(&check.exec, give_up, &n_calls);
+    enum lr_status status = lr_cuda_memory.wait(&check.exec, &err);
+    check_that(status == LR_TIMEOUT && strcmp(err.message, "the deadline is over") == 0, "the hook ends the wait", status);
+    lr_cuda_set_idle(&check.exec, NULL, NULL);
+    check_ok(lr_cuda_memory.wait(&check.exec, &err), &err);
+    lr_cuda_memory.release(a, size);
+    lr_cuda_memory.release(b, size);
+}
+
+static void errors_are_reported_once(void)
+{
+    struct lr_error err;
+    lr_cuda_note(&check.exec, 1, "embed");
+    lr_cuda_note(&check.exec, 2, "conv");
+    enum lr_status status = lr_cuda_memory.wait(&check.exec, &err);
+    check_that(status == LR_INTERNAL && strstr(err.message, "embed") != NULL, "the first error's slot", status);
+    check_ok(lr_cuda_memory.wait(&check.exec, &err), &err);
+    struct lr_exec other = {0};
+    check_that(lr_cuda_device_open(99, &other, &err) == LR_INVALID, "no such device", 0);
+    check_that(strlen(lr_cuda_device_name(&check.exec)) > 0 && lr_cuda_multiprocessors(&check.exec) > 0, "a name", 0);
+}
+
+static const struct check_case cases[] = {
+    {"the ring comes round", ring_comes_round},
+    {"the ring waits for readers", ring_waits_for_readers},
+    {"large copies", large_copies},
+    {"reserve zeroes and refuses", reserve_zeroes},
+    {"rows are copied", rows_are_copied},
+    {"idle ends a wait", idle_ends_a_wait},
+    {"errors are reported once", errors_are_reported_once},
+};
+
+int main(void)
+{
+    return check_main(cases, CHECK_COUNT(cases));
+}
