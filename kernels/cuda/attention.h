@@ -1,52 +1,69 @@
-/* Softmax attention over KV blocks on CUDA: bf16 keys and values, float32 running softmax.
+/* Softmax attention over KV blocks on CUDA: what its slots share. bf16 keys and values, float32 running softmax.
  *
- * The block layout is what wgmma reads, so that a block comes into shared memory by one bulk copy a half, from any
- * address, without a tensor map. Per KV head:
+ * The block layout is what wgmma reads, so that a block comes into shared memory by bulk copies from any address,
+ * without a tensor map. Head dimensions are padded with zeros to 64, 128 or 256 channels. Per KV head:
  *
- *   K: head_dim / 64 panels of [128 tokens][64 channels]  |  V: the same
+ *   K: padded / 64 panels of [128 tokens][64 channels]  |  V: the same
  *
  * each panel in the 128-byte swizzle of hopper.cuh. A block starts on a multiple of 128 bytes; tokens that do not exist
  * yet are zero.
  *
- * The running softmax lives in log2 units: m2 = m * log2(e), l, o (not divided), so that folding a list in several calls
- * gives the bits of one call. Launchers block on nothing and allocate nothing; they return the CUDA error of the launch
- * as an int, 0 on success. */
+ * The running softmax is in log2 units: l = sum_j exp2(s_j log2(e) - m), o likewise, with a reference m that trails the
+ * largest score seen by at most 8, so that o is hardly ever rescaled. It is a function of the row's list alone. */
 #ifndef LR_KERNELS_CUDA_ATTENTION_H
 #define LR_KERNELS_CUDA_ATTENTION_H
 
-#include "kernels/ops.h"
+#include "kernels/cuda/backend.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-/* Bytes of one block: 2 * n_kv_heads * 128 * head_dim * 2. head_dim: 64 or 128. */
-size_t lr_cuda_kv_block_bytes(struct lr_kv_shape shape);
-
-/* As the table's kv_store; args->blocks is device memory. */
-int lr_cuda_kv_store(void *stream, const struct lr_kv_store_args *args);
-
-struct lr_cuda_attention_args {
-    struct lr_kv_shape shape;
-    const lr_act *q; /* [n_rows, n_heads, head_dim] bf16, strides in elements, rows 16-byte aligned */
-    int64_t q_stride;
-    int64_t q_head_stride;
-    int64_t n_rows;
-    int64_t position; /* of row 0; row r is at position + r */
-    float scale;
-    int64_t window; /* 0: none */
-    int64_t sinks;
-    const struct lr_kv_ref *refs; /* device memory; list i is refs[list_first[i] .. list_first[i + 1]) */
-    const int64_t *list_first;    /* device memory, [n_lists + 1] */
-    int64_t n_lists;              /* 1, or query blocks of 128 rows times KV heads (then position is a multiple of 128) */
-    float *m2, *l, *o;            /* running softmax [n_rows, n_heads (, head_dim)]; NULL m2: not kept */
-    int resume;                   /* 1: m2, l, o hold an earlier call's result, 0: start empty */
-    lr_act *y;                    /* o / l as bf16 [n_rows, n_heads * head_dim], or NULL */
-    int64_t y_stride;
-    float *lse; /* natural log-sum-exp [n_rows, n_heads] (-inf where nothing was seen), or NULL */
+/* A list in device memory. */
+struct lr_cuda_list {
+    const struct lr_kv_ref *refs;
+    int32_t n_refs;
+    int32_t dense; /* 1: positions grow by 128 and no block is `whole`: the window's start can be computed */
 };
 
-int lr_cuda_attention(void *stream, const struct lr_cuda_attention_args *args);
+/* Rows that read the same lists. One for a whole call, one for each query block, or one for each item of partials. */
+struct lr_cuda_rows {
+    int64_t slot;                     /* of the outputs */
+    int64_t first, end;               /* rows [first, end) exist */
+    int64_t origin;                   /* row of the first tile's first token; <= first, so that tiles lie on a grid */
+    int64_t first_position, last_position; /* bounds of the rows' positions */
+    int32_t list, list_step;          /* KV head h reads list + h * list_step */
+};
+
+/* One launch: every group of rows, every KV head. The query heads of a KV head are packed into the tile's rows,
+ *
+ *   tile row i = token i / group, head i mod group of the KV head's
+ *
+ * so that a block of K and V is read once for the group. */
+struct lr_cuda_fold {
+    struct lr_kv_shape shape;
+    const lr_act *q;
+    int64_t q_stride, q_head_stride;
+    int64_t n_rows;           /* of q and of an output slot */
+    const int64_t *positions; /* device memory; NULL: row r is at `position` + r */
+    int64_t position;
+    float scale;
+    int64_t window, sinks;
+    const struct lr_cuda_list *lists; /* device memory */
+    const struct lr_cuda_rows *rows;  /* device memory */
+    int64_t n_groups;                 /* of rows */
+    int64_t max_tokens;               /* the largest `end - origin` */
+    int resume;                       /* 1: m, l, o are read, 0: they start empty */
+    float *m, *l, *o;                 /* [slot, n_rows, n_heads (, head_dim)] */
+    lr_act *y;                        /* o / l; then o is not written. Or NULL */
+    int64_t y_stride;
+};
+
+/* Channels of a head in a block: 64, 128 or 256; 0 beyond. */
+int64_t lr_cuda_padded_head_dim(int64_t head_dim);
+
+/* Launches on exec's stream. */
+void lr_cuda_fold_rows(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot);
 
 #ifdef __cplusplus
 }

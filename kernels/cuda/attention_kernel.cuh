@@ -1,0 +1,398 @@
+/* Attention over KV blocks for Hopper: one producer warp and C consumer warpgroups of 64 tile rows each, which run
+ * S = Q K^T -> softmax -> O += P V  with wgmma.
+ *
+ *   consumer 0   | QK j | softmax j ........ | PV j-1 | QK j+1 | softmax j+1
+ *   consumer 1          | QK j | softmax j ........ | PV j-1 | QK j+1 |
+ *
+ * The next step's Q K^T is issued before the previous step's P V, and both run while the softmax works on registers; the
+ * warpgroups take turns on the tensor cores by named barriers (Shah et al. 2024, FlashAttention-3). Every row folds its
+ * steps in ascending order and closes its row sum at each, so that its bits depend neither on the tile that it lies in
+ * nor on how a list is divided over calls. */
+#ifndef LR_KERNELS_CUDA_ATTENTION_KERNEL_CUH
+#define LR_KERNELS_CUDA_ATTENTION_KERNEL_CUH
+
+#include "kernels/cuda/attention_walk.cuh"
+
+#include <math.h>
+
+namespace lr
+{
+
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float MAX_TRAIL = 8.0f; /* the weights are at most 2^8 */
+
+/* The two rows that a thread holds of a 64-row unit: lane / 4 and lane / 4 + 8 of its warp's sixteen. */
+struct row_place {
+    int64_t row;      /* of q */
+    int64_t position; /* -1: no such row */
+    int head;
+};
+
+static __device__ __forceinline__ row_place place_row(const lr_cuda_fold &a, const lr_cuda_rows &g, int group,
+                                                      int kv_head, int64_t tile_row)
+{
+    row_place p;
+    const int64_t token = tile_row / group;
+    p.head = kv_head * group + static_cast<int>(tile_row - token * group);
+    p.row = g.origin + token;
+    if (p.row < g.first || p.row >= g.end)
+        p.position = -1;
+    else
+        p.position = a.positions != nullptr ? a.positions[p.row] : a.position + p.row;
+    return p;
+}
+
+template <int D, int KEYS> struct fold_state {
+    float o[D / 2];        /* [D / 8][4]: columns 8 i + 2 (lane mod 4) + {0, 1} of the first row, then of the second */
+    float score[KEYS / 2]; /* [KEYS / 8][4]: the same for keys; becomes the weights before rounding */
+    uint32_t weights[KEYS / 4];
+    float m[2], l[2], factor[2];
+};
+
+/* S = Q K^T. Asynchronous: the caller commits and waits. `panel_bytes`: between two 64-channel panels of Q. */
+template <int D, int KEYS>
+static __device__ __forceinline__ void multiply_qk(float (&score)[KEYS / 2], const uint8_t *q, uint32_t panel_bytes,
+                                                   const uint8_t *k)
+{
+    const uint32_t q_base = shared_address(q), k_base = shared_address(k);
+#pragma unroll
+    for (int step = 0; step < D / 16; step++) {
+        const uint32_t panel = step / 4, offset = (step % 4) * 32;
+        const uint64_t a = tile_descriptor(q_base + panel * panel_bytes + offset, 0);
+        const uint64_t b = tile_descriptor(k_base + panel * (KEYS * 128) + offset, 0);
+        if constexpr (KEYS == 128)
+            wgmma_n128_shared(score, a, b, step > 0);
+        else
+            wgmma_n64_shared(score, a, b, step > 0);
+    }
+}
+
+/* O += P V. V is [key][channel]: the reduced dimension runs over its rows. Asynchronous. */
+template <int D, int KEYS>
+static __device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint32_t (&weights)[KEYS / 4],
+                                                   const uint8_t *v)
+{
+    const uint32_t base = shared_address(v);
+#pragma unroll
+    for (int step = 0; step < KEYS / 16; step++) {
+        const uint32_t a[4] = {weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3]};
+        const uint64_t b = tile_descriptor(base + step * (16 * 128), KEYS * 128);
+        if constexpr (D == 256)
+            wgmma_n256(o, a, b);
+        else if constexpr (D == 128)
+            wgmma_n128<1>(o, a, b, true);
+        else
+            wgmma_n64<1>(o, a, b, true);
+    }
+}
+
+static __device__ __forceinline__ int clamp_key(int64_t key)
+{
+    return key < 0 ? 0 : key > BLOCK ? BLOCK : static_cast<int>(key);
+}
+
+/* Scores of keys that a row may not see become -inf: it sees [from, to), and those below `sinks`. */
+template <int KEYS>
+static __device__ __forceinline__ void mask_scores(float (&score)[KEYS / 2], const lr_cuda_fold &a, const step_note &note,
+                                                   int64_t position_0, int64_t position_1, int column)
+{
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int64_t position = r == 0 ? position_0 : position_1;
+        int to = clamp_key(position + 1 - note.position), from = 0, sinks = 0;
+        to = to < note.n_keys ? to : note.n_keys;
+        if (a.window > 0 && !(note.flags & STEP_WHOLE)) {
+            from = clamp_key(position - a.window + 1 - note.position);
+            sinks = clamp_key(a.sinks - note.position);
+        }
+#pragma unroll
+        for (int i = 0; i < KEYS / 8; i++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const int key = 8 * i + column + c;
+                if (key >= to || (key < from && key >= sinks))
+                    score[4 * i + 2 * r + c] = -INFINITY;
+            }
+    }
+}
+
+/* One step's online softmax on registers: scores become weights, m and l move on, `factor` is what o must be multiplied
+ * by. The reference m is raised only where a score is more than MAX_TRAIL above it. */
+template <int D, int KEYS> static __device__ __forceinline__ void fold_scores(fold_state<D, KEYS> &t, float scale2)
+{
+    float top[2], base[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float even = fmaxf(t.score[2 * r], t.score[2 * r + 1]);
+        float odd = fmaxf(t.score[4 + 2 * r], t.score[4 + 2 * r + 1]);
+#pragma unroll
+        for (int i = 2; i < KEYS / 8; i += 2) {
+            even = fmaxf(even, fmaxf(t.score[4 * i + 2 * r], t.score[4 * i + 2 * r + 1]));
+            odd = fmaxf(odd, fmaxf(t.score[4 * i + 4 + 2 * r], t.score[4 * i + 4 + 2 * r + 1]));
+        }
+        top[r] = fmaxf(even, odd);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2)) * scale2;
+        const float m = top[r] > t.m[r] + MAX_TRAIL ? top[r] : t.m[r];
+        /* a row that has seen nothing yet keeps -inf; its weights are exp2(-inf) = 0 */
+        base[r] = m == -INFINITY ? 0.0f : m;
+        t.factor[r] = m == t.m[r] ? 1.0f : exp2_fast(t.m[r] - base[r]);
+        t.m[r] = m;
+    }
+    float sum[2][2] = {};
+#pragma unroll
+    for (int i = 0; i < KEYS / 8; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                float &x = t.score[4 * i + 2 * r + c];
+                x = exp2_fast(fmaf(x, scale2, -base[r]));
+                sum[r][c] += x;
+            }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float all = sum[r][0] + sum[r][1];
+        all += __shfl_xor_sync(0xffffffffu, all, 1);
+        all += __shfl_xor_sync(0xffffffffu, all, 2);
+        t.l[r] = fmaf(t.l[r], t.factor[r], all);
+    }
+}
+
+/* After the previous P V: rounds the new weights and rescales o where some row of the warp asks for it. */
+template <int D, int KEYS> static __device__ __forceinline__ void settle(fold_state<D, KEYS> &t)
+{
+#pragma unroll
+    for (int i = 0; i < KEYS / 4; i++)
+        t.weights[i] = pack_bf16(t.score[2 * i], t.score[2 * i + 1]);
+    if (__any_sync(0xffffffffu, t.factor[0] != 1.0f || t.factor[1] != 1.0f)) {
+#pragma unroll
+        for (int i = 0; i < D / 2; i++)
+            t.o[i] *= t.factor[i / 2 & 1];
+    }
+}
+
+template <int D, int KEYS>
+static __device__ __forceinline__ void load_state(const lr_cuda_fold &a, fold_state<D, KEYS> &t, const row_place &place,
+                                                  int64_t slot, int r, int column)
+{
+    const bool there = a.resume && place.position >= 0;
+    const int64_t at = (slot * a.n_rows + place.row) * a.shape.n_heads + place.head;
+    t.m[r] = there ? a.m[at] : -INFINITY;
+    t.l[r] = there ? a.l[at] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < D / 8; i++)
+#pragma unroll
+        for (int c = 0; c < 2; c++)
+            t.o[4 * i + 2 * r + c] =
+                there && 8 * i < a.shape.head_dim ? a.o[at * a.shape.head_dim + 8 * i + column + c] : 0.0f;
+}
+
+template <int D, int KEYS>
+static __device__ __forceinline__ void store_state(const lr_cuda_fold &a, const fold_state<D, KEYS> &t,
+                                                   const row_place &place, int64_t slot, int r, int column)
+{
+    if (place.position < 0)
+        return;
+    const int64_t at = (slot * a.n_rows + place.row) * a.shape.n_heads + place.head;
+    if (column == 0) {
+        a.m[at] = t.m[r];
+        a.l[at] = t.l[r];
+    }
+    if (a.y == nullptr) {
+#pragma unroll
+        for (int i = 0; i < D / 8; i++)
+            if (8 * i < a.shape.head_dim)
+                *reinterpret_cast<float2 *>(&a.o[at * a.shape.head_dim + 8 * i + column]) =
+                    make_float2(t.o[4 * i + 2 * r], t.o[4 * i + 2 * r + 1]);
+        return;
+    }
+    const float inverse = t.l[r] > 0.0f ? 1.0f / t.l[r] : 0.0f;
+    __nv_bfloat16 *y = static_cast<__nv_bfloat16 *>(a.y) + place.row * a.y_stride + place.head * a.shape.head_dim;
+#pragma unroll
+    for (int i = 0; i < D / 8; i++)
+        if (8 * i < a.shape.head_dim) {
+            y[8 * i + column] = __float2bfloat16_rn(t.o[4 * i + 2 * r] * inverse);
+            y[8 * i + column + 1] = __float2bfloat16_rn(t.o[4 * i + 2 * r + 1] * inverse);
+        }
+}
+
+/* Puts a unit's 64 query rows into shared memory, swizzled; rows and channels that do not exist are zero. */
+template <int D>
+static __device__ __forceinline__ void load_queries(const lr_cuda_fold &a, const lr_cuda_rows &g, int group, int kv_head,
+                                                    int64_t unit_row, uint8_t *q, uint32_t panel_bytes)
+{
+    const __nv_bfloat16 *source = static_cast<const __nv_bfloat16 *>(a.q);
+    for (int i = threadIdx.x % WARPGROUP; i < UNIT * (D / 8); i += WARPGROUP) {
+        const int r = i / (D / 8), piece = i % (D / 8);
+        const row_place p = place_row(a, g, group, kv_head, unit_row + r);
+        uint4 value = make_uint4(0, 0, 0, 0);
+        if (p.position >= 0 && piece * 8 < a.shape.head_dim)
+            value = *reinterpret_cast<const uint4 *>(source + p.row * a.q_stride + p.head * a.q_head_stride + piece * 8);
+        *reinterpret_cast<uint4 *>(q + (piece / 8) * panel_bytes + swizzled(r, piece % 8)) = value;
+    }
+    fence_to_wgmma();
+}
+
+/* The warpgroups take turns on the tensor cores: barrier 1 + c lets consumer c issue. */
+template <int C> static __device__ __forceinline__ void take_turn(int consumer)
+{
+    if constexpr (C > 1)
+        named_barrier(1 + consumer, 2 * WARPGROUP);
+}
+
+template <int C> static __device__ __forceinline__ void give_turn(int consumer)
+{
+    if constexpr (C > 1)
+        named_arrive(1 + (consumer + 1 == C ? 0 : consumer + 1), 2 * WARPGROUP);
+}
+
+template <int D, int C>
+static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const lr_cuda_rows &g, int group, int kv_head,
+                                               int64_t tile_row, int consumer, attention_shared<D, C> &s)
+{
+    using shape = tile_shape<D, C>;
+    constexpr int KEYS = shape::KEYS, STAGES = shape::STAGES;
+    constexpr uint32_t PANEL = shape::ROWS * 128;
+    const int thread = threadIdx.x % WARPGROUP, lane = thread % 32, column = 2 * (lane % 4);
+    const int64_t unit_row = tile_row + consumer * UNIT;
+    const float scale2 = a.scale * LOG2E;
+    uint8_t *q = s.q + consumer * UNIT * 128;
+    load_queries<D>(a, g, group, kv_head, unit_row, q, PANEL);
+    named_barrier(1 + C + consumer, WARPGROUP);
+
+    const int64_t first_row = unit_row + thread / 32 * 16 + lane / 4;
+    const int64_t position_0 = place_row(a, g, group, kv_head, first_row).position;
+    const int64_t position_1 = place_row(a, g, group, kv_head, first_row + 8).position;
+    fold_state<D, KEYS> t;
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        load_state(a, t, place_row(a, g, group, kv_head, first_row + 8 * r), g.slot, r, column);
+
+    if (consumer == C - 1)
+        give_turn<C>(consumer); /* consumer 0 goes first */
+    barrier_wait(&s.k_full[0], 0);
+    step_note note = s.notes[0];
+    if (note.n_keys > 0) {
+        take_turn<C>(consumer);
+        wgmma_fence();
+        multiply_qk<D, KEYS>(t.score, q, PANEL, s.k[0]);
+        wgmma_commit();
+        give_turn<C>(consumer);
+        wgmma_wait<0>();
+        if (lane == 0)
+            barrier_arrive(&s.k_empty[0]);
+        if (!(note.flags & STEP_FULL))
+            mask_scores<KEYS>(t.score, a, note, position_0, position_1, column);
+        fold_scores(t, scale2);
+        settle(t);
+        uint32_t stage = 0, parity = 0; /* of the step whose P V is due */
+        for (;;) {
+            const uint32_t next = stage + 1 == STAGES ? 0 : stage + 1, next_parity = parity ^ (next == 0);
+            barrier_wait(&s.k_full[next], next_parity);
+            note = s.notes[next];
+            if (note.n_keys == 0)
+                break;
+            take_turn<C>(consumer);
+            wgmma_fence();
+            multiply_qk<D, KEYS>(t.score, q, PANEL, s.k[next]);
+            wgmma_commit();
+            barrier_wait(&s.v_full[stage], parity);
+            multiply_pv<D, KEYS>(t.o, t.weights, s.v[stage]);
+            wgmma_commit();
+            give_turn<C>(consumer);
+            wgmma_wait<1>();
+            if (lane == 0)
+                barrier_arrive(&s.k_empty[next]);
+            if (!(note.flags & STEP_FULL))
+                mask_scores<KEYS>(t.score, a, note, position_0, position_1, column);
+            fold_scores(t, scale2);
+            wgmma_wait<0>();
+            if (lane == 0)
+                barrier_arrive(&s.v_empty[stage]);
+            settle(t);
+            stage = next;
+            parity = next_parity;
+        }
+        barrier_wait(&s.v_full[stage], parity);
+        wgmma_fence();
+        multiply_pv<D, KEYS>(t.o, t.weights, s.v[stage]);
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+        store_state(a, t, place_row(a, g, group, kv_head, first_row + 8 * r), g.slot, r, column);
+    if (consumer == 0)
+        take_turn<C>(consumer); /* the last turn given, so that the barriers end even */
+}
+
+template <int D, int C>
+__global__ void __launch_bounds__(tile_shape<D, C>::THREADS, (tile_shape<D, C>::BLOCKS_EACH))
+    attention_kernel(const __grid_constant__ lr_cuda_fold a, int n_tiles)
+{
+    using shape = tile_shape<D, C>;
+    extern __shared__ uint8_t raw[];
+    attention_shared<D, C> &s =
+        *reinterpret_cast<attention_shared<D, C> *>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
+    /* KV heads one after the other, so that their blocks stay in L2; in each the last tiles first, as a causal document's
+     * last tiles have the most work */
+    const int group = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
+    const int tile = n_tiles - 1 - blockIdx.x % n_tiles;
+    const int kv_head = blockIdx.x / n_tiles % static_cast<int>(a.shape.n_kv_heads);
+    const lr_cuda_rows g = a.rows[a.n_groups - 1 - blockIdx.x / n_tiles / a.shape.n_kv_heads];
+    const int64_t tile_row = static_cast<int64_t>(tile) * shape::ROWS;
+    int64_t first = g.origin + tile_row / group, last = g.origin + (tile_row + shape::ROWS - 1) / group;
+    first = first > g.first ? first : g.first;
+    last = last < g.end ? last : g.end - 1;
+    if (last < first)
+        return;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < shape::STAGES; i++) {
+            barrier_init(&s.k_full[i], 1);
+            barrier_init(&s.v_full[i], 1);
+            barrier_init(&s.k_empty[i], 4 * C);
+            barrier_init(&s.v_empty[i], 4 * C);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    const int warpgroup = threadIdx.x / WARPGROUP;
+    if (warpgroup == 0) {
+        registers_shrink<C == 3 ? 32 : 24>();
+        if (threadIdx.x < 32) {
+            const walk w = make_walk(a, a.lists[g.list + kv_head * g.list_step],
+                                     a.positions != nullptr ? g.first_position : a.position + first,
+                                     a.positions != nullptr ? g.last_position : a.position + last);
+            producer<D, C>{s, 0}.run(w, kv_head);
+        }
+    } else {
+        registers_grow<C == 1 ? 232 : C == 2 ? 240 : 160>();
+        consume<D, C>(a, g, group, kv_head, tile_row, warpgroup - 1, s);
+    }
+}
+
+/* Tiles of the largest group of rows. */
+template <int D, int C> static cudaError_t launch(const lr_cuda_fold &fold, cudaStream_t stream)
+{
+    using shape = tile_shape<D, C>;
+    const int bytes = sizeof(attention_shared<D, C>) + 1024;
+    const int64_t group = fold.shape.n_heads / fold.shape.n_kv_heads;
+    const int64_t n_tiles = (fold.max_tokens * group + shape::ROWS - 1) / shape::ROWS;
+    const cudaError_t error =
+        cudaFuncSetAttribute(attention_kernel<D, C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess)
+        return error;
+    attention_kernel<D, C><<<static_cast<unsigned>(n_tiles * fold.shape.n_kv_heads * fold.n_groups), shape::THREADS, bytes,
+                             stream>>>(fold, static_cast<int>(n_tiles));
+    return cudaGetLastError();
+}
+
+} // namespace lr
+
+#endif

@@ -1,0 +1,186 @@
+/* The table's slots around attention: storing keys and values in blocks, and folding listed blocks into rows. */
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/attention_lists.h"
+#include "kernels/cuda/hopper.cuh"
+
+namespace lr
+{
+
+constexpr int TOKENS = LR_KV_BLOCK_TOKENS;
+
+/* Where the rows go: row r is token `(position + r) mod 128` of blocks[(position + r) / 128 - position / 128], or, with
+ * positions, token `positions[r] mod 128` of blocks[r]. */
+struct store_params {
+    const __nv_bfloat16 *k, *v;
+    int64_t k_stride, v_stride, n_rows;
+    int n_kv_heads, head_dim, padded;
+    int64_t position;
+    const int64_t *positions;
+    uint8_t *const *blocks;
+};
+
+/* Eight channels from where they need not be aligned. */
+static __device__ __forceinline__ uint4 load_piece(const __nv_bfloat16 *from)
+{
+    if ((reinterpret_cast<uintptr_t>(from) & 15) == 0)
+        return *reinterpret_cast<const uint4 *>(from);
+    const uint16_t *x = reinterpret_cast<const uint16_t *>(from);
+    uint32_t r[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        r[i] = x[2 * i] | static_cast<uint32_t>(x[2 * i + 1]) << 16;
+    return make_uint4(r[0], r[1], r[2], r[3]);
+}
+
+/* One thread a piece of 8 channels of K and of V; the padding's channels become zero. */
+__global__ void kv_store_kernel(const store_params a, int64_t n_pieces)
+{
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= n_pieces)
+        return;
+    const int pieces = a.padded / 8, piece = static_cast<int>(i % pieces);
+    const int head = static_cast<int>(i / pieces % a.n_kv_heads);
+    const int64_t row = i / pieces / a.n_kv_heads;
+    const int64_t position = a.positions != nullptr ? a.positions[row] : a.position + row;
+    uint8_t *block = a.blocks[a.positions != nullptr ? row : position / TOKENS - a.position / TOKENS];
+    if (block == nullptr)
+        return;
+    const int64_t half = static_cast<int64_t>(TOKENS) * a.padded * 2;
+    const int64_t at = head * 2 * half + piece / 8 * (TOKENS * 128) +
+                       swizzled(static_cast<uint32_t>(position % TOKENS), static_cast<uint32_t>(piece % 8));
+    uint4 k = make_uint4(0, 0, 0, 0), v = k;
+    if (piece * 8 < a.head_dim) {
+        const int64_t column = static_cast<int64_t>(head) * a.head_dim + piece * 8;
+        k = load_piece(a.k + row * a.k_stride + column);
+        v = load_piece(a.v + row * a.v_stride + column);
+    }
+    *reinterpret_cast<uint4 *>(block + at) = k;
+    *reinterpret_cast<uint4 *>(block + half + at) = v;
+}
+
+static cudaError_t launch_store(const lr_exec *exec, const store_params &p)
+{
+    const int64_t n = p.n_rows * p.n_kv_heads * (p.padded / 8);
+    kv_store_kernel<<<static_cast<unsigned>((n + 255) / 256), 256, 0, static_cast<cudaStream_t>(exec->stream)>>>(p, n);
+    return cudaGetLastError();
+}
+
+template <typename Args> static store_params store_of(const Args *args)
+{
+    store_params p = {};
+    p.k = static_cast<const __nv_bfloat16 *>(args->k);
+    p.v = static_cast<const __nv_bfloat16 *>(args->v);
+    p.k_stride = args->k_stride;
+    p.v_stride = args->v_stride;
+    p.n_rows = args->n_rows;
+    p.n_kv_heads = static_cast<int>(args->shape.n_kv_heads);
+    p.head_dim = static_cast<int>(args->shape.head_dim);
+    p.padded = static_cast<int>(lr_cuda_padded_head_dim(args->shape.head_dim));
+    return p;
+}
+
+} // namespace lr
+
+size_t lr_cuda_kv_block_bytes(struct lr_kv_shape shape)
+{
+    return static_cast<size_t>(shape.n_kv_heads * lr::TOKENS * lr_cuda_padded_head_dim(shape.head_dim)) * 4;
+}
+
+void lr_cuda_kv_store(const struct lr_exec *exec, const struct lr_kv_store_args *args)
+{
+    if (args->n_rows == 0)
+        return;
+    lr::store_params p = lr::store_of(args);
+    p.position = args->position;
+    const int64_t n_blocks = (args->position + args->n_rows - 1) / lr::TOKENS - args->position / lr::TOKENS + 1;
+    p.blocks = static_cast<uint8_t *const *>(
+        lr_cuda_upload(exec, args->blocks, static_cast<size_t>(n_blocks) * sizeof *args->blocks));
+    lr_cuda_note(exec, lr::launch_store(exec, p), "kv_store");
+}
+
+void lr_cuda_kv_store_rows(const struct lr_exec *exec, const struct lr_kv_store_rows_args *args)
+{
+    if (args->n_rows == 0)
+        return;
+    lr::store_params p = lr::store_of(args);
+    const size_t n = static_cast<size_t>(args->n_rows);
+    p.positions = static_cast<const int64_t *>(lr_cuda_upload(exec, args->positions, n * sizeof *args->positions));
+    p.blocks = static_cast<uint8_t *const *>(lr_cuda_upload(exec, args->blocks, n * sizeof *args->blocks));
+    lr_cuda_note(exec, lr::launch_store(exec, p), "kv_store_rows");
+}
+
+/* The query blocks from `first` on, of a call with a list for each, as many as one launch takes; returns the first one
+ * left over. */
+static int64_t fold_query_blocks(const struct lr_exec *exec, const struct lr_attention_args *args,
+                                 struct lr_cuda_fold *fold, int64_t first, int64_t n_blocks)
+{
+    const int64_t n_kv_heads = args->shape.n_kv_heads, lead = args->positions[0] % lr::TOKENS;
+    struct lr_cuda_list_table table;
+    struct lr_cuda_rows rows[LR_CUDA_TABLE_LISTS];
+    int64_t n = 0, block = first;
+    lr_cuda_table_begin(&table);
+    for (; block < n_blocks; block++) {
+        const struct lr_kv_list *lists = args->lists + block * n_kv_heads;
+        if (!lr_cuda_table_fits(&table, lists, n_kv_heads))
+            break;
+        struct lr_cuda_rows *r = &rows[n++];
+        *r = {};
+        r->origin = block * lr::TOKENS - lead;
+        r->first = r->origin > 0 ? r->origin : 0;
+        r->end = r->origin + lr::TOKENS < args->n_rows ? r->origin + lr::TOKENS : args->n_rows;
+        r->list = lr_cuda_table_add(exec, &table, lists, n_kv_heads);
+        r->list_step = 1;
+    }
+    fold->lists = lr_cuda_table_upload(exec, &table);
+    fold->rows = static_cast<const struct lr_cuda_rows *>(
+        lr_cuda_upload(exec, rows, static_cast<size_t>(n) * sizeof rows[0]));
+    fold->n_groups = n;
+    fold->max_tokens = lr::TOKENS;
+    lr_cuda_fold_rows(exec, fold, "attention");
+    return block;
+}
+
+static void fold_all(const struct lr_exec *exec, const struct lr_attention_args *args, struct lr_cuda_fold *fold)
+{
+    const int64_t lead = args->positions[0] % lr::TOKENS;
+    struct lr_cuda_rows rows = {};
+    rows.origin = -lead;
+    rows.end = args->n_rows;
+    struct lr_cuda_list_table table;
+    lr_cuda_table_begin(&table);
+    rows.list = lr_cuda_table_add(exec, &table, args->lists, 1);
+    fold->lists = lr_cuda_table_upload(exec, &table);
+    fold->rows = static_cast<const struct lr_cuda_rows *>(lr_cuda_upload(exec, &rows, sizeof rows));
+    fold->n_groups = 1;
+    fold->max_tokens = lead + args->n_rows;
+    lr_cuda_fold_rows(exec, fold, "attention");
+}
+
+void lr_cuda_attention(const struct lr_exec *exec, const struct lr_attention_args *args)
+{
+    if (args->n_rows == 0)
+        return;
+    struct lr_cuda_fold fold = {};
+    fold.shape = args->shape;
+    fold.q = args->q;
+    fold.q_stride = args->q_stride;
+    fold.q_head_stride = args->q_head_stride;
+    fold.n_rows = args->n_rows;
+    fold.position = args->positions[0];
+    fold.scale = args->scale;
+    fold.window = args->window;
+    fold.sinks = args->sinks;
+    fold.resume = !args->first;
+    fold.m = args->m;
+    fold.l = args->l;
+    fold.o = args->o;
+    fold.y = args->y;
+    fold.y_stride = args->y_stride;
+    if (args->n_lists == 1) {
+        fold_all(exec, args, &fold);
+        return;
+    }
+    const int64_t n_blocks = (fold.position % lr::TOKENS + args->n_rows + lr::TOKENS - 1) / lr::TOKENS;
+    for (int64_t block = 0; block < n_blocks;)
+        block = fold_query_blocks(exec, args, &fold, block, n_blocks);
+}
