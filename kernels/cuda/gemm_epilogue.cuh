@@ -1,0 +1,216 @@
+/* What happens to a finished tile between the accumulators and global memory: bias, activation, SwiGLU, the residual,
+ * rounding. A thread of a warpgroup holds, of 64 rows x N columns,
+ *
+ *   sum[4 i + 2 h + c]: row  16 warp + lane / 4 + 8 h,  column  8 i + 2 (lane mod 4) + c
+ *
+ * so a quad of lanes has 8 columns of a row. For bf16 outputs the quads exchange four such pieces, after which every
+ * lane stores 16 bytes and a quad 64 bytes of a row in one instruction. Device code only. */
+#ifndef LR_KERNELS_CUDA_GEMM_EPILOGUE_CUH
+#define LR_KERNELS_CUDA_GEMM_EPILOGUE_CUH
+
+#include "kernels/cuda/hopper.cuh"
+#include "kernels/ops.h"
+#include <cuda.h>
+
+namespace lr
+{
+
+constexpr int TILE_ROWS = 128;
+
+enum class output_kind { BF16, F32, SWIGLU };
+
+struct product_params {
+    CUtensorMap a;    /* [1, n_rows, k], boxes of 64 rows */
+    CUtensorMap b[2]; /* [n_experts, n, k], boxes of COLUMNS rows; SwiGLU: gate and up, COLUMNS / 2 rows each */
+    const int64_t *offsets;
+    int64_t n_rows;
+    int n_experts;
+    int n_column_tiles;
+    int n_columns; /* of y */
+    int n_steps;   /* of TILE_K along k */
+    void *y;
+    int64_t y_stride;
+    const float *bias;
+    lr_activation activation;
+    int accumulate;
+    int wide_stores; /* y may be written in pieces of 8 elements (BF16), of 2 (F32) */
+};
+
+static __device__ __forceinline__ float reciprocal(float x)
+{
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* x / (1 + e^-x); e^-x may be infinite, its reciprocal is then 0. */
+static __device__ __forceinline__ float silu(float x)
+{
+    return x * reciprocal(1.0f + exp2_fast(x * -1.4426950408889634f));
+}
+
+static __device__ __forceinline__ float activate(float x, lr_activation activation)
+{
+    switch (activation) {
+    case LR_ACT_SILU:
+        return silu(x);
+    case LR_ACT_GELU:
+        return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+    case LR_ACT_GELU_TANH:
+        return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * fmaf(0.044715f * x * x, x, x)));
+    case LR_ACT_RELU:
+        return fmaxf(x, 0.0f);
+    case LR_ACT_NONE:
+        break;
+    }
+    return x;
+}
+
+/* Transposes 4 x 4 words over a quad: word j of lane q becomes word q of lane j. */
+static __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4], int lane)
+{
+    const bool odd = lane & 1, high = lane & 2;
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? w[j] : w[j + 1], 1);
+        w[j] = odd ? other : w[j];
+        w[j + 1] = odd ? w[j + 1] : other;
+    }
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, high ? w[j] : w[j + 2], 2);
+        w[j] = high ? other : w[j];
+        w[j + 2] = high ? w[j + 2] : other;
+    }
+}
+
+/* The first 2 N sums as bf16. */
+template <int N, int SIZE>
+static __device__ __forceinline__ void store_pieces(const product_params &p, const float (&sum)[SIZE], int64_t row,
+                                                    int n_rows, int first_column)
+{
+    const int lane = threadIdx.x % 32, own_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    __nv_bfloat16 *y = static_cast<__nv_bfloat16 *>(p.y) + (row + own_row) * p.y_stride + first_column + 8 * (lane % 4);
+    const int n_columns = p.n_columns - first_column - 8 * (lane % 4);
+#pragma unroll
+    for (int block = 0; block < N / 32; block++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            uint32_t w[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                w[j] = pack_bf16(sum[4 * (4 * block + j) + 2 * h], sum[4 * (4 * block + j) + 2 * h + 1]);
+            quad_transpose(w, lane);
+            if (own_row + 8 * h < n_rows && 32 * block < n_columns)
+                *reinterpret_cast<uint4 *>(y + 8 * h * p.y_stride + 32 * block) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+}
+
+/* float32 in pairs: a quad covers a sector of 32 bytes. */
+template <int N>
+static __device__ __forceinline__ void store_pairs(const product_params &p, const float (&sum)[N / 2], int64_t row,
+                                                   int n_rows, int first_column)
+{
+    const int lane = threadIdx.x % 32, own_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    float *y = static_cast<float *>(p.y) + (row + own_row) * p.y_stride + first_column + 2 * (lane % 4);
+    const int n_columns = p.n_columns - first_column - 2 * (lane % 4);
+    constexpr int BATCH = 8; /* pairs read before the first is written */
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int block = 0; block < N / 8; block += BATCH) {
+            float2 old[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                old[i] = make_float2(0.0f, 0.0f);
+                if (p.accumulate && own_row + 8 * h < n_rows && 8 * (block + i) < n_columns)
+                    old[i] = *reinterpret_cast<const float2 *>(y + 8 * h * p.y_stride + 8 * (block + i));
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                const float *pair = &sum[4 * (block + i) + 2 * h];
+                if (own_row + 8 * h < n_rows && 8 * (block + i) < n_columns)
+                    *reinterpret_cast<float2 *>(y + 8 * h * p.y_stride + 8 * (block + i)) =
+                        p.accumulate ? make_float2(old[i].x + pair[0], old[i].y + pair[1])
+                                     : make_float2(pair[0], pair[1]);
+            }
+        }
+}
+
+/* One element at a time, for any stride and width. */
+template <int N, bool WIDE, int SIZE>
+static __device__ __forceinline__ void store_elements(const product_params &p, const float (&sum)[SIZE], int64_t row,
+                                                      int n_rows, int first_column)
+{
+    const int lane = threadIdx.x % 32, own_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 2 * N / 4; i++) {
+        const int r = own_row + (i & 2) * 4, column = first_column + i / 4 * 8 + 2 * (lane % 4) + (i & 1);
+        if (r >= n_rows || column >= p.n_columns)
+            continue;
+        const int64_t at = (row + r) * p.y_stride + column;
+        if constexpr (WIDE) {
+            float *y = static_cast<float *>(p.y) + at;
+            *y = p.accumulate ? *y + sum[i] : sum[i];
+        } else {
+            __nv_bfloat16 *y = static_cast<__nv_bfloat16 *>(p.y) + at;
+            *y = __float2bfloat16_rn(p.accumulate ? __bfloat162float(*y) + sum[i] : sum[i]);
+        }
+    }
+}
+
+template <bool ANY_ACTIVATION, int SIZE>
+static __device__ __forceinline__ void add_bias_and_activate(const product_params &p, float (&sum)[SIZE],
+                                                             int first_column)
+{
+    if (p.bias != nullptr) {
+        const int column = first_column + 2 * (threadIdx.x % 4);
+#pragma unroll
+        for (int i = 0; i < SIZE / 4; i++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const float bias = column + 8 * i + c < p.n_columns ? __ldg(p.bias + column + 8 * i + c) : 0.0f;
+                sum[4 * i + c] += bias;
+                sum[4 * i + 2 + c] += bias;
+            }
+    }
+    if constexpr (ANY_ACTIVATION) {
+#pragma unroll
+        for (int i = 0; i < SIZE; i++)
+            sum[i] = activate(sum[i], p.activation);
+    }
+}
+
+/* The warpgroup's n_rows (1..64 count, more is cut) rows from `row` on. */
+template <output_kind OUTPUT, bool ANY_ACTIVATION, int SIZE>
+static __device__ __forceinline__ void store_tile(const product_params &p, float (&sum)[SIZE], int64_t row, int n_rows,
+                                                  int first_column)
+{
+    n_rows = min(n_rows, 64);
+    if constexpr (OUTPUT == output_kind::SWIGLU) {
+#pragma unroll
+        for (int i = 0; i < SIZE / 2; i++)
+            sum[i] = (ANY_ACTIVATION ? activate(sum[i], p.activation) : silu(sum[i])) * sum[SIZE / 2 + i];
+        if (p.wide_stores)
+            store_pieces<SIZE>(p, sum, row, n_rows, first_column);
+        else
+            store_elements<SIZE, false>(p, sum, row, n_rows, first_column);
+    } else {
+        add_bias_and_activate<ANY_ACTIVATION>(p, sum, first_column);
+        if constexpr (OUTPUT == output_kind::F32) {
+            if (p.wide_stores)
+                store_pairs<2 * SIZE>(p, sum, row, n_rows, first_column);
+            else
+                store_elements<2 * SIZE, true>(p, sum, row, n_rows, first_column);
+        } else {
+            if (p.wide_stores && !p.accumulate)
+                store_pieces<2 * SIZE>(p, sum, row, n_rows, first_column);
+            else
+                store_elements<2 * SIZE, false>(p, sum, row, n_rows, first_column);
+        }
+    }
+}
+
+} // namespace lr
+
+#endif
