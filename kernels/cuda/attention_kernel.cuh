@@ -29,11 +29,11 @@ struct row_place {
 };
 
 static __device__ __forceinline__ row_place place_row(const lr_cuda_fold &a, const lr_cuda_rows &g, int group,
-                                                      int kv_head, int64_t tile_row)
+                                                      int kv_head, int tile_row)
 {
     row_place p;
-    const int64_t token = tile_row / group;
-    p.head = kv_head * group + static_cast<int>(tile_row - token * group);
+    const int token = tile_row / group;
+    p.head = kv_head * group + tile_row - token * group;
     p.row = g.origin + token;
     if (p.row < g.first || p.row >= g.end)
         p.position = -1;
@@ -49,17 +49,14 @@ template <int D, int KEYS> struct fold_state {
     float m[2], l[2], factor[2];
 };
 
-/* S = Q K^T. Asynchronous: the caller commits and waits. `panel_bytes`: between two 64-channel panels of Q. */
-template <int D, int KEYS>
-static __device__ __forceinline__ void multiply_qk(float (&score)[KEYS / 2], const uint8_t *q, uint32_t panel_bytes,
-                                                   const uint8_t *k)
+/* S = Q K^T. Asynchronous: the caller commits and waits. PANEL: bytes between two 64-channel panels of Q. */
+template <int D, int KEYS, uint32_t PANEL>
+static __device__ __forceinline__ void multiply_qk(float (&score)[KEYS / 2], uint64_t q, uint64_t k)
 {
-    const uint32_t q_base = shared_address(q), k_base = shared_address(k);
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
         const uint32_t panel = step / 4, offset = (step % 4) * 32;
-        const uint64_t a = tile_descriptor(q_base + panel * panel_bytes + offset, 0);
-        const uint64_t b = tile_descriptor(k_base + panel * (KEYS * 128) + offset, 0);
+        const uint64_t a = descriptor_at(q, panel * PANEL + offset), b = descriptor_at(k, panel * (KEYS * 128) + offset);
         if constexpr (KEYS == 128)
             wgmma_n128_shared(score, a, b, step > 0);
         else
@@ -69,14 +66,12 @@ static __device__ __forceinline__ void multiply_qk(float (&score)[KEYS / 2], con
 
 /* O += P V. V is [key][channel]: the reduced dimension runs over its rows. Asynchronous. */
 template <int D, int KEYS>
-static __device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint32_t (&weights)[KEYS / 4],
-                                                   const uint8_t *v)
+static __device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint32_t (&weights)[KEYS / 4], uint64_t v)
 {
-    const uint32_t base = shared_address(v);
 #pragma unroll
     for (int step = 0; step < KEYS / 16; step++) {
         const uint32_t a[4] = {weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3]};
-        const uint64_t b = tile_descriptor(base + step * (16 * 128), KEYS * 128);
+        const uint64_t b = descriptor_at(v, step * (16 * 128));
         if constexpr (D == 256)
             wgmma_n256(o, a, b);
         else if constexpr (D == 128)
@@ -105,11 +100,14 @@ static __device__ __forceinline__ void mask_scores(float (&score)[KEYS / 2], con
             from = clamp_key(position - a.window + 1 - note.position);
             sinks = clamp_key(a.sinks - note.position);
         }
+        to -= column;
+        from -= column;
+        sinks -= column;
 #pragma unroll
         for (int i = 0; i < KEYS / 8; i++)
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                const int key = 8 * i + column + c;
+                const int key = 8 * i + c;
                 if (key >= to || (key < from && key >= sinks))
                     score[4 * i + 2 * r + c] = -INFINITY;
             }
@@ -213,19 +211,25 @@ static __device__ __forceinline__ void store_state(const lr_cuda_fold &a, const 
         return;
     }
     const float inverse = t.l[r] > 0.0f ? 1.0f / t.l[r] : 0.0f;
-    __nv_bfloat16 *y = static_cast<__nv_bfloat16 *>(a.y) + place.row * a.y_stride + place.head * a.shape.head_dim;
+    uint16_t *y = static_cast<uint16_t *>(a.y) + place.row * a.y_stride + place.head * a.shape.head_dim;
+    const bool aligned = (reinterpret_cast<uintptr_t>(y) & 3) == 0;
 #pragma unroll
     for (int i = 0; i < D / 8; i++)
         if (8 * i < a.shape.head_dim) {
-            y[8 * i + column] = __float2bfloat16_rn(t.o[4 * i + 2 * r] * inverse);
-            y[8 * i + column + 1] = __float2bfloat16_rn(t.o[4 * i + 2 * r + 1] * inverse);
+            const uint32_t pair = pack_bf16(t.o[4 * i + 2 * r] * inverse, t.o[4 * i + 2 * r + 1] * inverse);
+            if (aligned) {
+                *reinterpret_cast<uint32_t *>(y + 8 * i + column) = pair;
+            } else {
+                y[8 * i + column] = static_cast<uint16_t>(pair);
+                y[8 * i + column + 1] = static_cast<uint16_t>(pair >> 16);
+            }
         }
 }
 
 /* Puts a unit's 64 query rows into shared memory, swizzled; rows and channels that do not exist are zero. */
 template <int D>
 static __device__ __forceinline__ void load_queries(const lr_cuda_fold &a, const lr_cuda_rows &g, int group, int kv_head,
-                                                    int64_t unit_row, uint8_t *q, uint32_t panel_bytes)
+                                                    int unit_row, uint8_t *q, uint32_t panel_bytes)
 {
     const __nv_bfloat16 *source = static_cast<const __nv_bfloat16 *>(a.q);
     for (int i = threadIdx.x % WARPGROUP; i < UNIT * (D / 8); i += WARPGROUP) {
@@ -237,6 +241,13 @@ static __device__ __forceinline__ void load_queries(const lr_cuda_fold &a, const
         *reinterpret_cast<uint4 *>(q + (piece / 8) * panel_bytes + swizzled(r, piece % 8)) = value;
     }
     fence_to_wgmma();
+}
+
+static __device__ __forceinline__ step_note load_note(const step_note *notes, uint32_t stage)
+{
+    const int4 x = load_shared(shared_address(notes) + stage * static_cast<uint32_t>(sizeof *notes));
+    return {static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(x.y)) << 32 | static_cast<uint32_t>(x.x)), x.z,
+            x.w};
 }
 
 /* The warpgroups take turns on the tensor cores: barrier 1 + c lets consumer c issue. */
@@ -254,19 +265,19 @@ template <int C> static __device__ __forceinline__ void give_turn(int consumer)
 
 template <int D, int C>
 static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const lr_cuda_rows &g, int group, int kv_head,
-                                               int64_t tile_row, int consumer, attention_shared<D, C> &s)
+                                               int tile_row, int consumer, attention_shared<D, C> &s)
 {
     using shape = tile_shape<D, C>;
     constexpr int KEYS = shape::KEYS, STAGES = shape::STAGES;
     constexpr uint32_t PANEL = shape::ROWS * 128;
     const int thread = threadIdx.x % WARPGROUP, lane = thread % 32, column = 2 * (lane % 4);
-    const int64_t unit_row = tile_row + consumer * UNIT;
+    const int unit_row = tile_row + consumer * UNIT;
     const float scale2 = a.scale * LOG2E;
     uint8_t *q = s.q + consumer * UNIT * 128;
     load_queries<D>(a, g, group, kv_head, unit_row, q, PANEL);
     named_barrier(1 + C + consumer, WARPGROUP);
 
-    const int64_t first_row = unit_row + thread / 32 * 16 + lane / 4;
+    const int first_row = unit_row + thread / 32 * 16 + lane / 4;
     const int64_t position_0 = place_row(a, g, group, kv_head, first_row).position;
     const int64_t position_1 = place_row(a, g, group, kv_head, first_row + 8).position;
     fold_state<D, KEYS> t;
@@ -276,12 +287,14 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const lr_c
 
     if (consumer == C - 1)
         give_turn<C>(consumer); /* consumer 0 goes first */
+    const uint64_t q_tile = tile_descriptor(shared_address(q), 0), k_tile = tile_descriptor(shared_address(s.k), 0);
+    const uint64_t v_tile = tile_descriptor(shared_address(s.v), KEYS * 128);
     barrier_wait(&s.k_full[0], 0);
-    step_note note = s.notes[0];
+    step_note note = load_note(s.notes, 0);
     if (note.n_keys > 0) {
         take_turn<C>(consumer);
         wgmma_fence();
-        multiply_qk<D, KEYS>(t.score, q, PANEL, s.k[0]);
+        multiply_qk<D, KEYS, PANEL>(t.score, q_tile, k_tile);
         wgmma_commit();
         give_turn<C>(consumer);
         wgmma_wait<0>();
@@ -295,15 +308,15 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const lr_c
         for (;;) {
             const uint32_t next = stage + 1 == STAGES ? 0 : stage + 1, next_parity = parity ^ (next == 0);
             barrier_wait(&s.k_full[next], next_parity);
-            note = s.notes[next];
+            note = load_note(s.notes, next);
             if (note.n_keys == 0)
                 break;
             take_turn<C>(consumer);
             wgmma_fence();
-            multiply_qk<D, KEYS>(t.score, q, PANEL, s.k[next]);
+            multiply_qk<D, KEYS, PANEL>(t.score, q_tile, descriptor_at(k_tile, next * shape::HALF_BYTES));
             wgmma_commit();
             barrier_wait(&s.v_full[stage], parity);
-            multiply_pv<D, KEYS>(t.o, t.weights, s.v[stage]);
+            multiply_pv<D, KEYS>(t.o, t.weights, descriptor_at(v_tile, stage * shape::HALF_BYTES));
             wgmma_commit();
             give_turn<C>(consumer);
             wgmma_wait<1>();
@@ -321,7 +334,7 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const lr_c
         }
         barrier_wait(&s.v_full[stage], parity);
         wgmma_fence();
-        multiply_pv<D, KEYS>(t.o, t.weights, s.v[stage]);
+        multiply_pv<D, KEYS>(t.o, t.weights, descriptor_at(v_tile, stage * shape::HALF_BYTES));
         wgmma_commit();
         wgmma_wait<0>();
     }
@@ -346,7 +359,7 @@ __global__ void __launch_bounds__(tile_shape<D, C>::THREADS, (tile_shape<D, C>::
     const int tile = n_tiles - 1 - blockIdx.x % n_tiles;
     const int kv_head = blockIdx.x / n_tiles % static_cast<int>(a.shape.n_kv_heads);
     const lr_cuda_rows g = a.rows[a.n_groups - 1 - blockIdx.x / n_tiles / a.shape.n_kv_heads];
-    const int64_t tile_row = static_cast<int64_t>(tile) * shape::ROWS;
+    const int tile_row = tile * shape::ROWS;
     int64_t first = g.origin + tile_row / group, last = g.origin + (tile_row + shape::ROWS - 1) / group;
     first = first > g.first ? first : g.first;
     last = last < g.end ? last : g.end - 1;
@@ -362,7 +375,8 @@ __global__ void __launch_bounds__(tile_shape<D, C>::THREADS, (tile_shape<D, C>::
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    const int warpgroup = threadIdx.x / WARPGROUP;
+    /* the shuffle tells the compiler that all lanes agree */
+    const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x), 0) / WARPGROUP;
     if (warpgroup == 0) {
         registers_shrink<C == 3 ? 32 : 24>();
         if (threadIdx.x < 32) {

@@ -33,6 +33,21 @@ static __device__ __forceinline__ void named_arrive(uint32_t id, uint32_t n_thre
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
 
+/* Sixteen bytes of shared memory. */
+static __device__ __forceinline__ int4 load_shared(uint32_t shared)
+{
+    int4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(shared));
+    return x;
+}
+
+/* The descriptor `bytes` behind `tile`, which its halves make without carries: addresses end below 2^18. */
+static __device__ __forceinline__ uint64_t descriptor_at(uint64_t tile, uint32_t bytes)
+{
+    const uint32_t low = static_cast<uint32_t>(tile) + (bytes >> 4), high = static_cast<uint32_t>(tile >> 32);
+    return static_cast<uint64_t>(high) << 32 | low;
+}
+
 /* d [64 x 128] (+)= A B^T, both tiles in shared memory, the reduced dimension along their rows. */
 static __device__ __forceinline__ void wgmma_n128_shared(float (&d)[64], uint64_t a, uint64_t b,
                                                          bool accumulate)

@@ -35,9 +35,25 @@ static __device__ __forceinline__ void barrier_arrive(uint64_t *barrier)
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-/* Waits for the phase of the given parity (the first phase has parity 0) to complete. */
+/* Waits for the phase of the given parity (the first phase has parity 0) to complete. With LR_CUDA_BOUND_WAITS a wait of
+ * seconds ends the kernel with an error instead of hanging. */
 static __device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity)
 {
+#ifdef LR_CUDA_BOUND_WAITS
+    const long long start = clock64();
+    for (uint32_t done = 0; !done;) {
+        asm volatile("{\n"
+                     ".reg .pred done;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, done;\n"
+                     "}\n"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
+        if (clock64() - start > 4000000000)
+            __trap();
+    }
+#else
     asm volatile("{\n"
                  ".reg .pred done;\n"
                  "again:\n"
@@ -48,6 +64,7 @@ static __device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t 
                  "}\n" ::"r"(shared_address(barrier)),
                  "r"(parity)
                  : "memory");
+#endif
 }
 
 /* A barrier among `n_threads` threads; id 0 is __syncthreads. */
