@@ -60,67 +60,47 @@ static cudaError_t experts_plain(cudaStream_t stream, const struct lr_experts_ar
     return launch_plain_product(stream, p);
 }
 
-static product_params common_params(const struct lr_experts_args &args, void *y, int64_t n, int64_t k, int columns)
+static product_params common_params(const struct lr_experts_args &args, void *y, int64_t n)
 {
     product_params p = {};
     p.offsets = args.offsets;
     p.n_rows = args.n_rows;
     p.n_experts = static_cast<int>(args.n_experts);
-    p.n_column_tiles = static_cast<int>(divide_up(n, columns));
     p.n_columns = static_cast<int>(n);
-    p.n_steps = static_cast<int>(divide_up(k, TILE_K));
     p.y = y;
     p.y_stride = n;
-    p.wide_stores = stores_are_wide(y, n, n, 8, 2);
     return p;
 }
 
-/* A bound: every expert may end in a tile that is not full. */
-static int64_t bound_row_tiles(const struct lr_experts_args &args)
-{
-    const int64_t n_ends = args.n_experts < args.n_rows ? args.n_experts : args.n_rows;
-    return args.n_rows / TILE_ROWS + n_ends;
-}
-
-static cudaError_t gate_and_up(const struct lr_exec *exec, const struct lr_experts_args &args)
+static cudaError_t gate_and_up(const struct lr_exec *exec, const struct lr_experts_args &args, int64_t n_row_ends)
 {
     const cudaStream_t stream = static_cast<cudaStream_t>(exec->stream);
-    const int64_t n = args.gate->n, k = args.gate->k, n_row_tiles = bound_row_tiles(args);
     const int n_multiprocessors = lr_cuda_multiprocessors(exec);
-    const bool any = args.activation != LR_ACT_SILU;
-    const bool fills = n_row_tiles * divide_up(n, 128) >= n_multiprocessors;
-    const int columns = any || !fills ? 64 : 128; /* of hidden */
-    product_params p = common_params(args, args.hidden, n, k, columns);
+    product_params p = common_params(args, args.hidden, args.gate->n);
     p.activation = args.activation;
-    cudaError_t error = tensor_map_encode(&p.a, rows_view(args.x, args.n_rows, k), WARPGROUP_ROWS);
-    if (error == cudaSuccess)
-        error = tensor_map_encode(&p.b[0], weights_view(args.gate, args.n_experts), columns);
-    if (error == cudaSuccess)
-        error = tensor_map_encode(&p.b[1], weights_view(args.up, args.n_experts), columns);
-    if (error != cudaSuccess)
-        return error;
-    if (any)
-        return launch_product<128, output_kind::SWIGLU, true>(stream, n_multiprocessors, p, n_row_tiles);
-    if (columns == 64)
-        return launch_product<128, output_kind::SWIGLU, false>(stream, n_multiprocessors, p, n_row_tiles);
-    return launch_product<256, output_kind::SWIGLU, false>(stream, n_multiprocessors, p, n_row_tiles);
+    const product_operands operands = {rows_view(args.x, args.n_rows, args.gate->k),
+                                       {weights_view(args.gate, args.n_experts), weights_view(args.up, args.n_experts)}};
+    constexpr output_kind SWIGLU = output_kind::SWIGLU;
+    if (args.activation != LR_ACT_SILU || !stores_are_wide(p.y, p.y_stride, p.n_columns, 8, 2)) /* rare */
+        return launch_product<small_shape, SWIGLU, true>(stream, n_multiprocessors, p, operands, n_row_ends);
+    if (fills_device(p.n_rows, p.n_columns, large_shape::COLUMNS / 2 * large_shape::CLUSTER, n_multiprocessors))
+        return launch_product<large_shape, SWIGLU, false>(stream, n_multiprocessors, p, operands, n_row_ends);
+    return launch_product<small_shape, SWIGLU, false>(stream, n_multiprocessors, p, operands, n_row_ends);
 }
 
-static cudaError_t down(const struct lr_exec *exec, const struct lr_experts_args &args)
+static cudaError_t down(const struct lr_exec *exec, const struct lr_experts_args &args, int64_t n_row_ends)
 {
     const cudaStream_t stream = static_cast<cudaStream_t>(exec->stream);
-    const int64_t n = args.down->n, k = args.down->k, n_row_tiles = bound_row_tiles(args);
     const int n_multiprocessors = lr_cuda_multiprocessors(exec);
-    const int columns = n_row_tiles * divide_up(n, 256) >= n_multiprocessors ? 256 : 64;
-    product_params p = common_params(args, args.y, n, k, columns);
-    cudaError_t error = tensor_map_encode(&p.a, rows_view(args.hidden, args.n_rows, k), WARPGROUP_ROWS);
-    if (error == cudaSuccess)
-        error = tensor_map_encode(&p.b[0], weights_view(args.down, args.n_experts), columns);
-    if (error != cudaSuccess)
-        return error;
-    if (columns == 256)
-        return launch_product<256, output_kind::BF16, false>(stream, n_multiprocessors, p, n_row_tiles);
-    return launch_product<64, output_kind::BF16, false>(stream, n_multiprocessors, p, n_row_tiles);
+    product_params p = common_params(args, args.y, args.down->n);
+    const product_operands operands = {rows_view(args.hidden, args.n_rows, args.down->k),
+                                       {weights_view(args.down, args.n_experts), {}}};
+    constexpr output_kind BF16 = output_kind::BF16;
+    if (!stores_are_wide(p.y, p.y_stride, p.n_columns, 8, 2))
+        return launch_product<small_shape, BF16, true>(stream, n_multiprocessors, p, operands, n_row_ends);
+    if (fills_device(p.n_rows, p.n_columns, large_shape::COLUMNS * large_shape::CLUSTER, n_multiprocessors))
+        return launch_product<large_shape, BF16, false>(stream, n_multiprocessors, p, operands, n_row_ends);
+    return launch_product<small_shape, BF16, false>(stream, n_multiprocessors, p, operands, n_row_ends);
 }
 
 static cudaError_t experts(const struct lr_exec *exec, const struct lr_experts_args &args)
@@ -132,8 +112,10 @@ static cudaError_t experts(const struct lr_exec *exec, const struct lr_experts_a
         !tensor_map_possible(weights_view(args.up, args.n_experts)) ||
         !tensor_map_possible(weights_view(args.down, args.n_experts)))
         return experts_plain(static_cast<cudaStream_t>(exec->stream), args);
-    const cudaError_t error = gate_and_up(exec, args);
-    return error == cudaSuccess ? down(exec, args) : error;
+    /* every expert may end in a tile that is not full */
+    const int64_t n_row_ends = args.n_experts < args.n_rows ? args.n_experts : args.n_rows;
+    const cudaError_t error = gate_and_up(exec, args, n_row_ends);
+    return error == cudaSuccess ? down(exec, args, n_row_ends) : error;
 }
 
 } // namespace lr

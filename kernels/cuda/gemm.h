@@ -22,7 +22,7 @@ static inline int64_t divide_up(int64_t a, int64_t b)
 }
 
 /* Whether y may be written in pieces of `piece` elements of `element_bytes`. */
-static inline int stores_are_wide(const void *y, int64_t y_stride, int64_t n, int piece, int element_bytes)
+static inline bool stores_are_wide(const void *y, int64_t y_stride, int64_t n, int piece, int element_bytes)
 {
     return n % piece == 0 && y_stride % piece == 0 && reinterpret_cast<uintptr_t>(y) % (piece * element_bytes) == 0;
 }

@@ -15,8 +15,6 @@
 namespace lr
 {
 
-constexpr int TILE_ROWS = 128;
-
 enum class output_kind { BF16, F32, SWIGLU };
 
 struct product_params {
@@ -33,7 +31,6 @@ struct product_params {
     const float *bias;
     lr_activation activation;
     int accumulate;
-    int wide_stores; /* y may be written in pieces of 8 elements (BF16), of 2 (F32) */
 };
 
 static __device__ __forceinline__ float reciprocal(float x)
@@ -112,29 +109,31 @@ static __device__ __forceinline__ void store_pairs(const product_params &p, cons
                                                    int n_rows, int first_column)
 {
     const int lane = threadIdx.x % 32, own_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-    float *y = static_cast<float *>(p.y) + (row + own_row) * p.y_stride + first_column + 2 * (lane % 4);
-    const int n_columns = p.n_columns - first_column - 2 * (lane % 4);
-    constexpr int BATCH = 8; /* pairs read before the first is written */
+    constexpr int BATCH = 4; /* pairs read before the first is written */
 #pragma unroll
-    for (int h = 0; h < 2; h++)
+    for (int h = 0; h < 2; h++) {
+        const int r = own_row + 8 * h, column = first_column + 2 * (lane % 4);
+        float *y = static_cast<float *>(p.y) + (row + r) * p.y_stride + column;
+        const int n_columns = r < n_rows ? p.n_columns - column : 0;
 #pragma unroll
         for (int block = 0; block < N / 8; block += BATCH) {
-            float2 old[BATCH];
+            float2 value[BATCH];
 #pragma unroll
             for (int i = 0; i < BATCH; i++) {
-                old[i] = make_float2(0.0f, 0.0f);
-                if (p.accumulate && own_row + 8 * h < n_rows && 8 * (block + i) < n_columns)
-                    old[i] = *reinterpret_cast<const float2 *>(y + 8 * h * p.y_stride + 8 * (block + i));
+                value[i] = make_float2(0.0f, 0.0f);
+                if (p.accumulate && 8 * (block + i) < n_columns)
+                    value[i] = *reinterpret_cast<const float2 *>(y + 8 * (block + i));
             }
 #pragma unroll
             for (int i = 0; i < BATCH; i++) {
                 const float *pair = &sum[4 * (block + i) + 2 * h];
-                if (own_row + 8 * h < n_rows && 8 * (block + i) < n_columns)
-                    *reinterpret_cast<float2 *>(y + 8 * h * p.y_stride + 8 * (block + i)) =
-                        p.accumulate ? make_float2(old[i].x + pair[0], old[i].y + pair[1])
-                                     : make_float2(pair[0], pair[1]);
+                value[i] = p.accumulate ? make_float2(value[i].x + pair[0], value[i].y + pair[1])
+                                        : make_float2(pair[0], pair[1]);
+                if (8 * (block + i) < n_columns)
+                    *reinterpret_cast<float2 *>(y + 8 * (block + i)) = value[i];
             }
         }
+    }
 }
 
 /* One element at a time, for any stride and width. */
@@ -159,56 +158,48 @@ static __device__ __forceinline__ void store_elements(const product_params &p, c
     }
 }
 
-template <bool ANY_ACTIVATION, int SIZE>
-static __device__ __forceinline__ void add_bias_and_activate(const product_params &p, float (&sum)[SIZE],
-                                                             int first_column)
+/* The bias, where there is one. */
+template <int SIZE>
+static __device__ __forceinline__ void add_bias(const product_params &p, float (&sum)[SIZE], int first_column)
 {
-    if (p.bias != nullptr) {
-        const int column = first_column + 2 * (threadIdx.x % 4);
+    if (p.bias == nullptr)
+        return;
+    const int column = first_column + 2 * (threadIdx.x % 4);
 #pragma unroll
-        for (int i = 0; i < SIZE / 4; i++)
+    for (int i = 0; i < SIZE / 4; i++)
 #pragma unroll
-            for (int c = 0; c < 2; c++) {
-                const float bias = column + 8 * i + c < p.n_columns ? __ldg(p.bias + column + 8 * i + c) : 0.0f;
-                sum[4 * i + c] += bias;
-                sum[4 * i + 2 + c] += bias;
-            }
-    }
-    if constexpr (ANY_ACTIVATION) {
-#pragma unroll
-        for (int i = 0; i < SIZE; i++)
-            sum[i] = activate(sum[i], p.activation);
-    }
+        for (int c = 0; c < 2; c++) {
+            const float bias = column + 8 * i + c < p.n_columns ? __ldg(p.bias + column + 8 * i + c) : 0.0f;
+            sum[4 * i + c] += bias;
+            sum[4 * i + 2 + c] += bias;
+        }
 }
 
-/* The warpgroup's n_rows (1..64 count, more is cut) rows from `row` on. */
-template <output_kind OUTPUT, bool ANY_ACTIVATION, int SIZE>
+/* The warpgroup's n_rows (1..64) rows from `row` on. Without GENERAL: no activation (SwiGLU: SiLU), bf16 is not
+ * accumulated, and y may be written in pieces of 8 elements (bf16), of 2 (float32). */
+template <output_kind OUTPUT, bool GENERAL, int SIZE>
 static __device__ __forceinline__ void store_tile(const product_params &p, float (&sum)[SIZE], int64_t row, int n_rows,
                                                   int first_column)
 {
-    n_rows = min(n_rows, 64);
+    constexpr int N = OUTPUT == output_kind::SWIGLU ? SIZE : 2 * SIZE; /* columns of y */
     if constexpr (OUTPUT == output_kind::SWIGLU) {
 #pragma unroll
         for (int i = 0; i < SIZE / 2; i++)
-            sum[i] = (ANY_ACTIVATION ? activate(sum[i], p.activation) : silu(sum[i])) * sum[SIZE / 2 + i];
-        if (p.wide_stores)
-            store_pieces<SIZE>(p, sum, row, n_rows, first_column);
-        else
-            store_elements<SIZE, false>(p, sum, row, n_rows, first_column);
+            sum[i] = (GENERAL ? activate(sum[i], p.activation) : silu(sum[i])) * sum[SIZE / 2 + i];
     } else {
-        add_bias_and_activate<ANY_ACTIVATION>(p, sum, first_column);
-        if constexpr (OUTPUT == output_kind::F32) {
-            if (p.wide_stores)
-                store_pairs<2 * SIZE>(p, sum, row, n_rows, first_column);
-            else
-                store_elements<2 * SIZE, true>(p, sum, row, n_rows, first_column);
-        } else {
-            if (p.wide_stores && !p.accumulate)
-                store_pieces<2 * SIZE>(p, sum, row, n_rows, first_column);
-            else
-                store_elements<2 * SIZE, false>(p, sum, row, n_rows, first_column);
+        add_bias(p, sum, first_column);
+        if constexpr (GENERAL) {
+#pragma unroll
+            for (int i = 0; i < SIZE; i++)
+                sum[i] = activate(sum[i], p.activation);
         }
     }
+    if constexpr (GENERAL)
+        store_elements<N, OUTPUT == output_kind::F32>(p, sum, row, n_rows, first_column);
+    else if constexpr (OUTPUT == output_kind::F32)
+        store_pairs<N>(p, sum, row, n_rows, first_column);
+    else
+        store_pieces<N>(p, sum, row, n_rows, first_column);
 }
 
 } // namespace lr

@@ -1,19 +1,27 @@
 /* The one matrix product of the CUDA backend: dense layers and experts run the same persistent kernel.
  *
- *   rows of a (sorted by expert)      tiles of 128 rows, none spans two experts     y
- *   offsets[e] ... offsets[e + 1]  -> x COLUMNS columns of W_e                   -> masked stores
+ *   rows of a, sorted by expert          y
+ *   offsets[e] ... offsets[e + 1]        one cluster: ROWS rows of one expert x (CLUSTER x COLUMNS) columns
  *
- *   warpgroup 0: one thread keeps a ring of stages full (a [128 x 64] and W [COLUMNS x 64], copy engine)
- *   warpgroups 1, 2: 64 rows each: wgmma over the stages in ascending k, then the epilogue from registers
+ *              block 0            block 1 of the cluster
+ *   a  rows |  ROWS x 64   ==   the same ROWS x 64   | each block fetches half of it and sends it to both
+ *   W       |  COLUMNS x 64  |    COLUMNS x 64       | each its own
  *
- * The two consumers share the stages but not their pace: while one is in its epilogue the other has the tensor cores.
- * A tile of at most 64 rows leaves the second consumer idle and costs half.
+ *   warpgroup 0: one thread keeps a ring of such stages full (copy engine)
+ *   warpgroups 1, 2: 64-row blocks g, g + 2, ... of the tile: wgmma over the stages in ascending k, then the epilogue
+ *   from registers
+ *
+ * Where two blocks share the rows, a tile of 256 x 256 costs the L2 cache what it would cost one block of that size,
+ * whose accumulators no multiprocessor could hold. The consumers share the stages but not their pace: while one is in
+ * its epilogue the other has the tensor cores. Of an expert's last tile only the 64-row blocks that have rows are
+ * fetched and multiplied.
  *
  * Every output element is one chain of wgmma steps over ascending k in every instance of the kernel, so a row's bits
  * depend neither on the number of rows nor on the tile that it falls into. */
 #ifndef LR_KERNELS_CUDA_GEMM_PRODUCT_CUH
 #define LR_KERNELS_CUDA_GEMM_PRODUCT_CUH
 
+#include "kernels/cuda/gemm.h"
 #include "kernels/cuda/gemm_epilogue.cuh"
 #include "kernels/cuda/gemm_wgmma.cuh"
 #include "kernels/cuda/tma.cuh"
@@ -21,66 +29,82 @@
 namespace lr
 {
 
-constexpr int TILE_K = 64;                  /* columns of a stage: one swizzled block */
-constexpr int WARPGROUP_ROWS = 64;
+constexpr int TILE_K = 64; /* columns of a stage: one swizzled block */
+constexpr int BLOCK_ROWS = 64;
 constexpr int WARPGROUP_THREADS = 128;
-constexpr int PRODUCT_THREADS = 3 * WARPGROUP_THREADS;
-constexpr int ROWS_BLOCK_BYTES = WARPGROUP_ROWS * TILE_K * 2;
-constexpr int CONSUMER_WARPS = 8;
+constexpr int CONSUMERS = 2;
+constexpr int CONSUMER_WARPS = 4 * CONSUMERS;
+constexpr int PRODUCT_THREADS = (1 + CONSUMERS) * WARPGROUP_THREADS;
+constexpr int BLOCK_BYTES = BLOCK_ROWS * TILE_K * 2;
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
-constexpr int GROUP_TILES = 16; /* row tiles that walk the columns together, so that both operands stay in L2 */
+constexpr int GROUP_ROWS = 2048; /* rows that walk the columns together, so that both operands stay in L2 */
 
-template <int COLUMNS> struct product_ring {
-    static constexpr int A_BYTES = TILE_ROWS * TILE_K * 2;
-    static constexpr int STAGE_BYTES = A_BYTES + COLUMNS * TILE_K * 2;
+/* An instance: BLOCKS row blocks for each consumer, COLUMNS rows of W a block, CLUSTER blocks side by side. */
+template <int BLOCKS_, int COLUMNS_, int CLUSTER_> struct product_shape {
+    static constexpr int BLOCKS = BLOCKS_, COLUMNS = COLUMNS_, CLUSTER = CLUSTER_;
+    static constexpr int ROWS = CONSUMERS * BLOCKS * BLOCK_ROWS;
+    static constexpr int A_BYTES = ROWS * TILE_K * 2, B_BYTES = COLUMNS * TILE_K * 2;
+    static constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
     static constexpr int N_STAGES = 192 * 1024 / STAGE_BYTES;
-    static constexpr int BARRIER_BYTES = 2 * 8 * N_STAGES;
-    static constexpr int BYTES = N_STAGES * STAGE_BYTES + BARRIER_BYTES; /* the list of tiles follows */
+    static constexpr int BYTES = N_STAGES * (STAGE_BYTES + 2 * 8); /* the list of tiles follows */
 };
 
-/* Where a tile lies. */
+/* For much work, and for little: many small tiles. */
+typedef product_shape<2, 128, 2> large_shape;
+typedef product_shape<1, 64, 1> small_shape;
+
+/* Columns of y that a block computes. */
+template <class SHAPE, output_kind OUTPUT>
+constexpr int BLOCK_COLUMNS = OUTPUT == output_kind::SWIGLU ? SHAPE::COLUMNS / 2 : SHAPE::COLUMNS;
+
+/* What the tensor maps are made of, on the host: a [n_rows, k]; W or, with SwiGLU, gate and up [n_experts, n, k]. */
+struct product_operands {
+    matrix_view a, b[2];
+};
+
+/* Where a cluster's tile lies. */
 struct tile {
-    int64_t row;  /* its first row */
-    int n_rows;   /* 1..TILE_ROWS */
-    int column;   /* its first output column */
+    int64_t row; /* its first row */
+    int n_rows;
+    int column_tile;
     int expert;
 };
 
 /* Finds tiles by their number, which must ascend from call to call. `before` [n_experts + 1]: row tiles in front of
  * each expert. */
-struct tile_walk {
+template <int ROWS> struct tile_walk {
     const int64_t *offsets;
     const int32_t *before;
     int64_t n_rows;
-    int n_experts, n_column_tiles, columns;
+    int n_experts, n_column_tiles;
     int expert;
 
     __device__ __forceinline__ bool find(int64_t number, tile &t)
     {
+        constexpr int GROUP = GROUP_ROWS / ROWS;
         while (expert < n_experts && number >= static_cast<int64_t>(before[expert + 1]) * n_column_tiles)
             expert++;
         if (expert == n_experts)
             return false;
         const int n_row_tiles = before[expert + 1] - before[expert];
         const int local = static_cast<int>(number - static_cast<int64_t>(before[expert]) * n_column_tiles);
-        const int group = local / (GROUP_TILES * n_column_tiles);
-        const int in_group = local - group * GROUP_TILES * n_column_tiles;
-        const int group_rows = min(GROUP_TILES, n_row_tiles - group * GROUP_TILES);
-        const int column_tile = in_group / group_rows;
-        const int row_tile = group * GROUP_TILES + in_group - column_tile * group_rows;
+        const int group = local / (GROUP * n_column_tiles);
+        const int in_group = local - group * GROUP * n_column_tiles;
+        const int group_tiles = min(GROUP, n_row_tiles - group * GROUP);
+        t.column_tile = in_group / group_tiles;
+        const int row_tile = group * GROUP + in_group - t.column_tile * group_tiles;
         const int64_t first = offsets != nullptr ? __ldg(offsets + expert) - __ldg(offsets) : 0;
         const int64_t end = offsets != nullptr ? __ldg(offsets + expert + 1) - __ldg(offsets) : n_rows;
-        t.row = first + static_cast<int64_t>(row_tile) * TILE_ROWS;
-        t.n_rows = static_cast<int>(min(end - t.row, static_cast<int64_t>(TILE_ROWS)));
-        t.column = column_tile * columns;
+        t.row = first + static_cast<int64_t>(row_tile) * ROWS;
+        t.n_rows = static_cast<int>(min(end - t.row, static_cast<int64_t>(ROWS)));
         t.expert = expert;
         return true;
     }
 };
 
 /* One warp: before[e] for all experts. */
-static __device__ __forceinline__ void count_tiles(const product_params &p, int32_t *before)
+template <int ROWS> static __device__ __forceinline__ void count_tiles(const product_params &p, int32_t *before)
 {
     const int lane = threadIdx.x % 32;
     int total = 0;
@@ -89,7 +113,7 @@ static __device__ __forceinline__ void count_tiles(const product_params &p, int3
         int64_t n_rows = 0;
         if (e < p.n_experts)
             n_rows = p.offsets != nullptr ? p.offsets[e + 1] - p.offsets[e] : p.n_rows;
-        int sum = static_cast<int>((n_rows + TILE_ROWS - 1) / TILE_ROWS);
+        int sum = static_cast<int>((n_rows + ROWS - 1) / ROWS);
         for (int step = 1; step < 32; step *= 2) {
             const int other = __shfl_up_sync(0xffffffffu, sum, step);
             sum += lane >= step ? other : 0;
@@ -102,108 +126,139 @@ static __device__ __forceinline__ void count_tiles(const product_params &p, int3
         before[0] = 0;
 }
 
-/* The place in the ring; producer and consumers step through it alike. */
-template <int N_STAGES> struct ring_place {
+/* The ring's barriers and where the role stands in it; producer and consumers step through it alike. */
+template <class SHAPE> struct ring {
+    uint32_t stages;
+    uint64_t *full, *empty;
     int stage = 0;
     uint32_t parity = 0;
 
+    __device__ __forceinline__ uint32_t a() const
+    {
+        return stages + stage * SHAPE::STAGE_BYTES;
+    }
+    __device__ __forceinline__ uint32_t b() const
+    {
+        return a() + SHAPE::A_BYTES;
+    }
+    /* A consumer warp is through with a stage: the producers of the whole cluster write into it. */
+    __device__ __forceinline__ void release(int which) const
+    {
+        const int lane = threadIdx.x % 32;
+        if constexpr (SHAPE::CLUSTER == 1) {
+            if (lane == 0)
+                barrier_arrive(&empty[which]);
+        } else if (lane < SHAPE::CLUSTER) {
+            barrier_arrive_remote(&empty[which], lane);
+        }
+    }
     __device__ __forceinline__ void advance()
     {
-        if (++stage == N_STAGES) {
+        if (++stage == SHAPE::N_STAGES) {
             stage = 0;
             parity ^= 1;
         }
     }
 };
 
-template <int COLUMNS, output_kind OUTPUT>
-static __device__ __forceinline__ void produce(const product_params &p, tile_walk walk, uint32_t stages,
-                                               uint64_t *full, uint64_t *empty)
+template <class SHAPE, output_kind OUTPUT>
+static __device__ __forceinline__ void produce(const product_params &p, tile_walk<SHAPE::ROWS> walk, ring<SHAPE> ring)
 {
-    using ring = product_ring<COLUMNS>;
-    ring_place<ring::N_STAGES> place;
+    constexpr int CLUSTER = SHAPE::CLUSTER;
+    const int rank = CLUSTER == 1 ? 0 : cluster_rank();
     tile t;
-    for (int64_t number = blockIdx.x; walk.find(number, t); number += gridDim.x) {
-        const bool both = t.n_rows > WARPGROUP_ROWS;
-        const uint32_t n_bytes = ring::STAGE_BYTES - (both ? 0 : ROWS_BLOCK_BYTES);
-        const int row = static_cast<int>(t.row);
-        for (int step = 0; step < p.n_steps; step++) {
-            const uint32_t a = stages + place.stage * ring::STAGE_BYTES, b = a + ring::A_BYTES;
-            uint64_t *barrier = &full[place.stage];
-            barrier_wait(&empty[place.stage], place.parity ^ 1);
-            barrier_announce(barrier, n_bytes);
-            tensor_load(a, &p.a, barrier, step * TILE_K, row, 0);
-            if (both)
-                tensor_load(a + ROWS_BLOCK_BYTES, &p.a, barrier, step * TILE_K, row + WARPGROUP_ROWS, 0);
-            tensor_load(b, &p.b[0], barrier, step * TILE_K, t.column, t.expert);
+    for (int64_t number = blockIdx.x / CLUSTER; walk.find(number, t); number += gridDim.x / CLUSTER) {
+        const int n_blocks = (t.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, row = static_cast<int>(t.row);
+        const int column = (t.column_tile * CLUSTER + rank) * BLOCK_COLUMNS<SHAPE, OUTPUT>;
+        for (int step = 0; step < p.n_steps; step++, ring.advance()) {
+            uint64_t *barrier = &ring.full[ring.stage];
+            barrier_wait(&ring.empty[ring.stage], ring.parity ^ 1);
+            barrier_announce(barrier, n_blocks * BLOCK_BYTES + SHAPE::B_BYTES);
+            for (int block = rank; block < n_blocks; block += CLUSTER)
+                tensor_load<CLUSTER>(ring.a() + block * BLOCK_BYTES, &p.a, barrier, step * TILE_K,
+                                     row + block * BLOCK_ROWS, 0);
+            tensor_load<1>(ring.b(), &p.b[0], barrier, step * TILE_K, column, t.expert);
             if constexpr (OUTPUT == output_kind::SWIGLU)
-                tensor_load(b + COLUMNS / 2 * TILE_K * 2, &p.b[1], barrier, step * TILE_K, t.column, t.expert);
-            place.advance();
+                tensor_load<1>(ring.b() + SHAPE::B_BYTES / 2, &p.b[1], barrier, step * TILE_K, column, t.expert);
         }
     }
 }
 
-template <int COLUMNS, output_kind OUTPUT, bool ANY_ACTIVATION>
-static __device__ __forceinline__ void consume(const product_params &p, tile_walk walk, uint32_t stages,
-                                               uint64_t *full, uint64_t *empty)
+/* The products of a consumer's first N row blocks. */
+template <int N, class SHAPE>
+static __device__ __forceinline__ void multiply(float (&sum)[N][SHAPE::COLUMNS / 2], int n_steps, int consumer,
+                                                ring<SHAPE> &ring)
 {
-    using ring = product_ring<COLUMNS>;
-    const int group = threadIdx.x / WARPGROUP_THREADS - 1;
-    const int lane = threadIdx.x % 32;
-    ring_place<ring::N_STAGES> place;
-    tile t;
-    for (int64_t number = blockIdx.x; walk.find(number, t); number += gridDim.x) {
-        if (group * WARPGROUP_ROWS >= t.n_rows) {
-            for (int step = 0; step < p.n_steps; step++, place.advance()) {
-                barrier_wait(&full[place.stage], place.parity);
-                if (lane == 0)
-                    barrier_arrive(&empty[place.stage]);
-            }
-            continue;
-        }
-        float sum[COLUMNS / 2];
-        int previous = 0;
-        for (int step = 0; step < p.n_steps; step++) {
-            const uint32_t base = stages + place.stage * ring::STAGE_BYTES;
-            const uint64_t a = tile_descriptor(base + group * ROWS_BLOCK_BYTES, 0);
-            const uint64_t b = tile_descriptor(base + ring::A_BYTES, 0);
-            barrier_wait(&full[place.stage], place.parity);
-            wgmma_fence();
+    int previous = 0;
+    for (int step = 0; step < n_steps; step++, ring.advance()) {
+        const uint64_t a = tile_descriptor(ring.a() + consumer * BLOCK_BYTES, 0), b = tile_descriptor(ring.b(), 0);
+        barrier_wait(&ring.full[ring.stage], ring.parity);
+        wgmma_fence();
 #pragma unroll
-            for (int kk = 0; kk < TILE_K / 16; kk++)
-                wgmma_shared(sum, a + 2 * kk, b + 2 * kk, step > 0 || kk > 0);
-            wgmma_commit();
-            if (step > 0) {
-                wgmma_wait<1>();
-                if (lane == 0)
-                    barrier_arrive(&empty[previous]);
-            }
-            previous = place.stage;
-            place.advance();
+        for (int kk = 0; kk < TILE_K / 16; kk++)
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                wgmma_shared(sum[i], a + i * (CONSUMERS * BLOCK_BYTES >> 4) + 2 * kk, b + 2 * kk, step > 0 || kk > 0);
+        wgmma_commit();
+        if (step > 0) {
+            wgmma_wait<1>();
+            ring.release(previous);
         }
-        wgmma_wait<0>();
-        if (lane == 0)
-            barrier_arrive(&empty[previous]);
-        store_tile<OUTPUT, ANY_ACTIVATION>(p, sum, t.row + group * WARPGROUP_ROWS, t.n_rows - group * WARPGROUP_ROWS,
-                                           t.column);
+        previous = ring.stage;
+    }
+    wgmma_wait<0>();
+    ring.release(previous);
+}
+
+template <int N, class SHAPE, output_kind OUTPUT, bool GENERAL>
+static __device__ __forceinline__ void compute(const product_params &p, const tile &t, int column, int consumer,
+                                               ring<SHAPE> &ring)
+{
+    float sum[N][SHAPE::COLUMNS / 2];
+    multiply<N, SHAPE>(sum, p.n_steps, consumer, ring);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int first = (consumer + i * CONSUMERS) * BLOCK_ROWS;
+        store_tile<OUTPUT, GENERAL>(p, sum[i], t.row + first, min(t.n_rows - first, BLOCK_ROWS), column);
     }
 }
 
-template <int COLUMNS, output_kind OUTPUT, bool ANY_ACTIVATION>
+template <class SHAPE, output_kind OUTPUT, bool GENERAL>
+static __device__ __forceinline__ void consume(const product_params &p, tile_walk<SHAPE::ROWS> walk, ring<SHAPE> ring)
+{
+    constexpr int CLUSTER = SHAPE::CLUSTER;
+    const int rank = CLUSTER == 1 ? 0 : cluster_rank();
+    const int consumer = threadIdx.x / WARPGROUP_THREADS - 1;
+    tile t;
+    for (int64_t number = blockIdx.x / CLUSTER; walk.find(number, t); number += gridDim.x / CLUSTER) {
+        const int column = (t.column_tile * CLUSTER + rank) * BLOCK_COLUMNS<SHAPE, OUTPUT>;
+        if (t.n_rows > (consumer + (SHAPE::BLOCKS - 1) * CONSUMERS) * BLOCK_ROWS) {
+            compute<SHAPE::BLOCKS, SHAPE, OUTPUT, GENERAL>(p, t, column, consumer, ring);
+        } else if (SHAPE::BLOCKS > 1 && t.n_rows > consumer * BLOCK_ROWS) {
+            compute<1, SHAPE, OUTPUT, GENERAL>(p, t, column, consumer, ring);
+        } else {
+            for (int step = 0; step < p.n_steps; step++, ring.advance()) {
+                barrier_wait(&ring.full[ring.stage], ring.parity);
+                ring.release(ring.stage);
+            }
+        }
+    }
+}
+
+template <class SHAPE, output_kind OUTPUT, bool GENERAL>
 static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(const __grid_constant__ product_params p)
 {
-    using ring = product_ring<COLUMNS>;
     extern __shared__ __align__(1024) uint8_t shared[];
-    uint64_t *full = reinterpret_cast<uint64_t *>(shared + ring::N_STAGES * ring::STAGE_BYTES);
-    uint64_t *empty = full + ring::N_STAGES;
-    int32_t *before = reinterpret_cast<int32_t *>(empty + ring::N_STAGES);
+    uint64_t *full = reinterpret_cast<uint64_t *>(shared + SHAPE::N_STAGES * SHAPE::STAGE_BYTES);
+    uint64_t *empty = full + SHAPE::N_STAGES;
+    int32_t *before = reinterpret_cast<int32_t *>(empty + SHAPE::N_STAGES);
 
     if (threadIdx.x < 32) {
-        count_tiles(p, before);
+        count_tiles<SHAPE::ROWS>(p, before);
         if (threadIdx.x == 0) {
-            for (int i = 0; i < ring::N_STAGES; i++) {
+            for (int i = 0; i < SHAPE::N_STAGES; i++) {
                 barrier_init(&full[i], 1);
-                barrier_init(&empty[i], CONSUMER_WARPS);
+                barrier_init(&empty[i], CONSUMER_WARPS * SHAPE::CLUSTER);
             }
             barrier_init_done();
             tensor_prefetch(&p.a);
@@ -211,33 +266,61 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(cons
         }
     }
     __syncthreads();
-    const int columns = OUTPUT == output_kind::SWIGLU ? COLUMNS / 2 : COLUMNS;
-    const tile_walk walk = {p.offsets, before, p.n_rows, p.n_experts, p.n_column_tiles, columns, 0};
-    const uint32_t stages = shared_address(shared);
+    if constexpr (SHAPE::CLUSTER > 1)
+        cluster_sync();
+    const tile_walk<SHAPE::ROWS> walk = {p.offsets, before, p.n_rows, p.n_experts, p.n_column_tiles, 0};
+    const ring<SHAPE> ring = {shared_address(shared), full, empty};
     if (threadIdx.x < WARPGROUP_THREADS) {
         registers_shrink<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0)
-            produce<COLUMNS, OUTPUT>(p, walk, stages, full, empty);
+            produce<SHAPE, OUTPUT>(p, walk, ring);
     } else {
         registers_grow<CONSUMER_REGISTERS>();
-        consume<COLUMNS, OUTPUT, ANY_ACTIVATION>(p, walk, stages, full, empty);
+        consume<SHAPE, OUTPUT, GENERAL>(p, walk, ring);
     }
+    /* A block's shared memory must outlive what the other still sends to it. */
+    if constexpr (SHAPE::CLUSTER > 1)
+        cluster_sync();
 }
 
-/* n_row_tiles: a bound. */
-template <int COLUMNS, output_kind OUTPUT, bool ANY_ACTIVATION>
-static cudaError_t launch_product(cudaStream_t stream, int n_multiprocessors, const product_params &p,
-                                  int64_t n_row_tiles)
+/* Fills in what follows from the shape, and launches. n_row_ends: how many tiles may not be full. */
+template <class SHAPE, output_kind OUTPUT, bool GENERAL>
+static cudaError_t launch_product(cudaStream_t stream, int n_multiprocessors, product_params &p,
+                                  const product_operands &operands, int64_t n_row_ends)
 {
-    const auto kernel = product_kernel<COLUMNS, OUTPUT, ANY_ACTIVATION>;
-    const int n_bytes = product_ring<COLUMNS>::BYTES + 4 * (p.n_experts + 1);
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes);
+    constexpr int COLUMNS = BLOCK_COLUMNS<SHAPE, OUTPUT>;
+    const auto kernel = product_kernel<SHAPE, OUTPUT, GENERAL>;
+    const int n_bytes = SHAPE::BYTES + 4 * (p.n_experts + 1);
+    cudaError_t error = tensor_map_encode(&p.a, operands.a, BLOCK_ROWS);
+    for (int i = 0; error == cudaSuccess && i < (OUTPUT == output_kind::SWIGLU ? 2 : 1); i++)
+        error = tensor_map_encode(&p.b[i], operands.b[i], COLUMNS);
+    if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes);
     if (error != cudaSuccess)
         return error;
-    const int64_t n_tiles = n_row_tiles * p.n_column_tiles;
-    const int n_blocks = static_cast<int>(n_tiles < n_multiprocessors ? n_tiles : n_multiprocessors);
-    kernel<<<n_blocks, PRODUCT_THREADS, n_bytes, stream>>>(p);
-    return cudaGetLastError();
+    p.n_steps = static_cast<int>(divide_up(operands.a.columns, TILE_K));
+    p.n_column_tiles = static_cast<int>(divide_up(p.n_columns, COLUMNS * SHAPE::CLUSTER));
+    const int64_t n_tiles = (p.n_rows / SHAPE::ROWS + n_row_ends) * p.n_column_tiles;
+    const int64_t n_clusters = n_multiprocessors / SHAPE::CLUSTER;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = SHAPE::CLUSTER;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>((n_tiles < n_clusters ? n_tiles : n_clusters) * SHAPE::CLUSTER));
+    config.blockDim = dim3(PRODUCT_THREADS);
+    config.dynamicSmemBytes = static_cast<size_t>(n_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+/* Whether n_rows x n_columns gives every cluster of the large shape a tile. */
+static inline bool fills_device(int64_t n_rows, int64_t n_columns, int tile_columns, int n_multiprocessors)
+{
+    return n_columns > tile_columns / 2 && divide_up(n_rows, large_shape::ROWS) * divide_up(n_columns, tile_columns) >=
+                                               n_multiprocessors / large_shape::CLUSTER;
 }
 
 } // namespace lr
