@@ -421,6 +421,54 @@ static void check_back_to_back(void)
     }
 }
 
+/* On a device: data that an earlier command makes, results that a later one takes, buffers that a later one overwrites,
+ * and other commands while the transfer runs; the host looks at the end. */
+static void check_order(int with_broadcast)
+{
+    enum { SIZE_BYTES = 70000, N_TURNS = 6 };
+    static struct started turns[N_TURNS];
+    unsigned char *kept[N_TURNS];
+    struct lr_error err;
+    if (!area->links.copy)
+        return;
+    void *context = area->links.context;
+    size_t all_bytes = (size_t)SIZE_BYTES * (size_t)comm->size;
+    unsigned char *data = take_buffer(SIZE_BYTES), *received = take_buffer(all_bytes), *junk = take_buffer(all_bytes);
+    unsigned char *beside = take_buffer(all_bytes);
+    for (int i = 0; i < N_TURNS; i++) {
+        kept[i] = take_buffer(all_bytes);
+        turns[i].step = ++step;
+        turns[i].data = take_buffer(SIZE_BYTES);
+        fill(turns[i].data, SIZE_BYTES, step, comm->rank, ANYONE);
+        for (int r = 0; r < comm->size; r++)
+            turns[i].recv_sizes[r] = (size_t)(SIZE_BYTES - (i % 2) * r * 100);
+    }
+    for (int i = 0; i < N_TURNS; i++) {
+        const size_t *sizes = turns[i].recv_sizes;
+        area->links.copy(context, data, turns[i].data, SIZE_BYTES);
+        must(lr_comm_all_gather_v_start(comm, "in order", data, sizes, received, &turns[i].request, &err), "start",
+             &err);
+        area->links.copy(context, beside, junk, all_bytes);
+        if (with_broadcast)
+            must(lr_comm_broadcast(comm, "in between", 0, beside, SIZE_BYTES, &err), "broadcast", &err);
+        must(lr_comm_wait(comm, &turns[i].request, &err), "wait", &err);
+        area->links.copy(context, kept[i], received, total_of(sizes));
+        area->links.copy(context, received, junk, all_bytes);
+        area->links.copy(context, data, junk, SIZE_BYTES);
+    }
+    for (int i = 0; i < N_TURNS; i++) {
+        const unsigned char *at = kept[i];
+        for (int r = 0; r < comm->size; at += turns[i].recv_sizes[r], r++)
+            check(at, turns[i].recv_sizes[r], turns[i].step, r, ANYONE, "all_gather in order");
+        release_buffer(kept[i], all_bytes, "all_gather in order");
+        release_buffer(turns[i].data, SIZE_BYTES, "all_gather in order");
+    }
+    release_buffer(data, SIZE_BYTES, "all_gather in order");
+    release_buffer(received, all_bytes, "all_gather in order");
+    release_buffer(junk, all_bytes, "all_gather in order");
+    release_buffer(beside, all_bytes, "all_gather in order");
+}
+
 /* The bound on exchanges in flight is a status, the same everywhere, and no failure. */
 static void check_full(void)
 {
@@ -532,6 +580,8 @@ void collectives_check(void)
     check_every_size();
     check_every_seam();
     check_back_to_back();
+    check_order(0);
+    check_order(1);
     check_full();
     check_world();
 }
