@@ -94,7 +94,7 @@ using namespace lr;
 extern "C" int lr_recurrence_sub_tokens(struct lr_delta_shape shape)
 {
     const int64_t heads = shape.n_v_heads;
-    return heads >= 32 ? 4096 : heads >= 8 ? 2048 : 1024;
+    return heads >= 16 ? 4096 : heads >= 8 ? 2048 : 1024;
 }
 
 extern "C" size_t lr_recurrence_work_bytes(enum lr_recurrence_rule rule, struct lr_delta_shape shape, int64_t n_rows,

@@ -198,11 +198,14 @@ static __global__ void __launch_bounds__(INVERSE_THREADS) inverse_kernel(const r
         t_tile[t * CHUNK + thread] = __float2bfloat16_rn(x[t] * beta[thread]);
     }
     __syncthreads();
+    /* Sectors of 32 bytes up to the diagonal: the passes read no others. */
     uint4 *to = reinterpret_cast<uint4 *>(p.inverses + (chunk * p.n_v_heads + head) * CHUNK * CHUNK);
     const uint4 *from = reinterpret_cast<const uint4 *>(tile);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        to[thread + 64 * i] = from[thread + 64 * i];
+        if (thread % 8 / 2 <= (thread / 8 + 8 * i) / 16) {
+            to[thread + 64 * i] = from[thread + 64 * i];
+        }
     }
 }
 

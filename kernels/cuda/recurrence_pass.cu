@@ -49,7 +49,7 @@ template <int DK, int ROW_BLOCKS, bool DELTA, bool OUTPUT> struct pass_layout {
 };
 
 /* Per-token factors of a stage's chunk. */
-struct chunk_decays {
+struct __align__(16) chunk_decays {
     float sum[CHUNK];     /* G, in log2 */
     float from_start[CHUNK]; /* exp(G), times the scale of q where outputs are made */
     float to_end[CHUNK];  /* exp(G_end - G) */
@@ -83,6 +83,39 @@ static __device__ __forceinline__ void load_block(uint32_t block, const __nv_bfl
         const bool valid = row + token < end;
         const __nv_bfloat16 *source = valid ? columns + (row + token) * stride + piece * 8 : columns;
         copy_async(block + swizzled(token, piece), source, valid);
+    }
+}
+
+/* T is lower triangular: of its rows only the 32-byte sectors up to the diagonal move; the rest of a stage's block is
+ * zeroed once, before the first. 128 threads. */
+static __device__ __forceinline__ bool holds_inverse(int row, int piece)
+{
+    return piece / 2 <= row / 16;
+}
+
+static __device__ __forceinline__ void load_inverse(uint32_t block, const __nv_bfloat16 *inverse, int thread)
+{
+    const int piece = thread % 8;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int row = thread / 8 + 16 * i;
+        if (holds_inverse(row, piece)) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(block + swizzled(row, piece)),
+                         "l"(inverse + row * CHUNK + piece * 8)
+                         : "memory");
+        }
+    }
+}
+
+static __device__ __forceinline__ void clear_above_inverse(uint8_t *block, int thread)
+{
+    const int piece = thread % 8;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int row = thread / 8 + 16 * i;
+        if (!holds_inverse(row, piece)) {
+            *reinterpret_cast<uint4 *>(block + swizzled(row, piece)) = make_uint4(0, 0, 0, 0);
+        }
     }
 }
 
@@ -186,9 +219,8 @@ static __device__ __forceinline__ void produce(const recurrence_params &p, const
                 }
             }
             if (DELTA) {
-                load_block(stage + layout::T_OFFSET,
-                           inverses + static_cast<int64_t>(chunk) * p.n_v_heads * CHUNK * CHUNK, CHUNK, 0, CHUNK,
-                           thread);
+                load_inverse(stage + layout::T_OFFSET,
+                             inverses + static_cast<int64_t>(chunk) * p.n_v_heads * CHUNK * CHUNK, thread);
             }
         }
         copy_commit();
@@ -201,6 +233,11 @@ static __device__ __forceinline__ void produce(const recurrence_params &p, const
         next[1] = row + 1 < span.end ? log2_decay(p, row + 1, head) : 0.0f;
     };
 
+    if (DELTA) {
+        for (int i = 0; i < N_STAGES; i++) {
+            clear_above_inverse(stages + i * layout::STAGE_BYTES + layout::T_OFFSET, thread);
+        }
+    }
     for (int i = 0; i < N_STAGES - 1; i++) {
         issue(i);
     }
@@ -483,7 +520,9 @@ static __global__ void __launch_bounds__(128 * (1 + ROW_BLOCKS), budget<ROW_BLOC
 
     const int head = blockIdx.y;
     const int first_block = blockIdx.x * ROW_BLOCKS;
-    const int64_t slot = blockIdx.z;
+    /* The first pass goes from the last slot to the first, the second back: what the pass before has touched last is
+     * still in the cache. */
+    const int64_t slot = OUTPUT ? blockIdx.z : p.n_slots - 1 - blockIdx.z;
     const struct span span = span_of(p, slot);
     if (span.first == span.end) {
         return;

@@ -7,9 +7,9 @@
 /* How the tokens forget. */
 enum gates { MILD, SLOW, NONE, HARSH, ABRUPT, NO_G };
 
-/* bf16 rounds o once (2^-9 at most, a third of that on average) and S wherever it meets k or q. */
+/* bf16 rounds o once (2^-8 at most, less than half of that on average) and S wherever it meets k or q. */
 static const double TOLERANCE = 6e-3;
-static const double PLAIN_TOLERANCE = 2.5e-3;
+static const double PLAIN_TOLERANCE = 4e-3;
 
 struct tokens {
     struct lr_delta_shape shape;
@@ -430,7 +430,7 @@ static void steps_of(struct lr_delta_shape s, int64_t n_rows, enum gates gates, 
     lr_cuda_delta_step(&check.exec, &args);
     for (int64_t i = 0; i < n_rows; i++)
         check_norm("a state", check_download_f32(d_states[i], state), 1, truth + i * state, state, 1, 1e-6);
-    check_norm("o", check_download_bf16(args.o, n_rows * args.o_stride), args.o_stride, o, n_rows, width, 2.5e-3);
+    check_norm("o", check_download_bf16(args.o, n_rows * args.o_stride), args.o_stride, o, n_rows, width, PLAIN_TOLERANCE);
 }
 
 static void steps(void)
