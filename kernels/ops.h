@@ -52,6 +52,8 @@ enum {
     LR_MAX_TOP_K = 4096 /* blocks chosen per query block */
 };
 
+enum { LR_UNIT_UPLOAD_BYTES = 8 << 20 };
+
 /* An activation buffer, in the backend's activation type: float32 on the CPU, bf16 on CUDA. */
 typedef void lr_act;
 
@@ -531,6 +533,13 @@ struct lr_kernel_ops {
     enum lr_dtype act_dtype; /* of lr_act: LR_F32 or LR_BF16 */
     int host_memory;         /* 1: the backend's memory is the host's */
     struct lr_memory_ops memory;
+
+    /* What is launched between the two may be collected and started at once by the second (CUDA: one graph, replayed
+     * with new arguments where its shape is that of the last unit). Nothing in between waits: no download, no wait, no
+     * reserve; host arrays of up to LR_UNIT_UPLOAD_BYTES together. unit_end reports what went wrong since the last
+     * wait. */
+    void (*unit_begin)(const struct lr_exec *exec);
+    enum lr_status (*unit_end)(const struct lr_exec *exec, struct lr_error *err);
 
     /* Bytes of a packed W [n, k]; and packing rows [row, row + n_rows) of a row-major host matrix of
      * w->dtype into w->data, which the caller allocated (zeroed, 64-byte aligned) with weight_bytes. The CPU keeps the

@@ -169,6 +169,15 @@ static void keep_last_rows(const struct extension *extension, const struct lr_st
                              session->last_rows + ended * d);
 }
 
+/* Whether a step can be one unit: it meets no other worker and asks the device nothing on the way, and its lists fit. */
+static int is_unit(const struct lr_session *session)
+{
+    const struct lr_engine *engine = session->engine;
+    int64_t blocks = engine->model.dims.n_attention_layers * (session->n_tokens / LR_KV_BLOCK_TOKENS);
+    return engine->links->size == 1 && session->options.decode_pages == 0 &&
+           blocks * (int64_t)sizeof(struct lr_kv_ref) < LR_UNIT_UPLOAD_BYTES / 2;
+}
+
 /* Runs slices [first, end) and moves the forks on. */
 static enum lr_status run_slices(
     const struct extension *extension, int64_t first, int64_t end, const int64_t *slice_first, struct lr_error *err)
@@ -188,11 +197,17 @@ static enum lr_status run_slices(
         }
     struct lr_batch batch = {.forks = forks, .n_forks = n_forks, .n_slices = end - first, .slice_first = slice_first};
     struct lr_step step = {.session = session, .batch = &batch, .n_rows = n_rows, .positions = positions};
+    const struct lr_engine *engine = session->engine;
+    int unit = batch.n_slices == 1 && is_unit(session);
+    if (unit)
+        engine->ops->unit_begin(&engine->exec);
     LR_TRY(lr_step_begin(&step, ids, err));
     LR_TRY(lr_step_layers(&step, err));
+    keep_last_rows(extension, &step, first);
+    if (unit)
+        LR_TRY(engine->ops->unit_end(&engine->exec, err));
     for (int64_t f = 0; f < n_forks; f++)
         forks[f]->position += lr_batch_fork_tokens(&batch, f);
-    keep_last_rows(extension, &step, first);
     return extension->sink ? sink_rows(extension, &step, err) : LR_OK;
 }
 

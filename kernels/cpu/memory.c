@@ -65,3 +65,13 @@ enum lr_status lr_cpu_wait(const struct lr_exec *exec, struct lr_error *err)
     (void)err;
     return LR_OK;
 }
+
+void lr_cpu_unit_begin(const struct lr_exec *exec)
+{
+    (void)exec;
+}
+
+enum lr_status lr_cpu_unit_end(const struct lr_exec *exec, struct lr_error *err)
+{
+    return lr_cpu_wait(exec, err);
+}

@@ -21,6 +21,8 @@ const struct lr_kernel_ops LR_ISA(lr_cpu_ops) = {
             .download = lr_cpu_download,
             .wait = lr_cpu_wait,
         },
+    .unit_begin = lr_cpu_unit_begin,
+    .unit_end = lr_cpu_unit_end,
     .rope_table = lr_cpu_rope_table,
 #define X(slot) .slot = LR_ISA(lr_##slot),
     LR_CPU_SLOTS(X)

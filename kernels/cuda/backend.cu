@@ -35,6 +35,8 @@ struct backend {
     cudaEvent_t entered[N_PARTS]; /* recorded when the part was last entered */
     size_t filled;                /* bytes of the current part */
     int part;
+    bool collecting;              /* between unit_begin and unit_end: the stream is being captured */
+    cudaGraphExec_t unit;         /* the last unit, updated and launched again */
     int error; /* the first since the last report, a cudaError_t */
     const char *slot;
     const char *last_slot;
@@ -145,6 +147,8 @@ enum lr_status open_resources(struct backend *b, struct lr_error *err)
 /* Whatever of it was opened. */
 void close_resources(struct backend *b)
 {
+    if (b->unit != nullptr)
+        cudaGraphExecDestroy(b->unit);
     if (b->blas != nullptr)
         cublasLtDestroy(b->blas);
     for (int i = 0; i < N_PARTS; i++)
@@ -215,11 +219,59 @@ struct lr_cuda_space lr_cuda_ring_take(const struct lr_exec *exec, size_t size_b
 {
     struct backend *b = of(exec);
     const size_t taken = (size_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    if (b->filled + taken > PART_BYTES)
-        enter_part(exec, (b->part + 1) % N_PARTS);
+    if (b->filled + taken > PART_BYTES) {
+        if (b->collecting) { /* a promise was broken; what follows goes nowhere */
+            lr_cuda_note(exec, cudaErrorStreamCaptureUnsupported, "unit");
+            b->filled = 0;
+        } else {
+            enter_part(exec, (b->part + 1) % N_PARTS);
+        }
+    }
     const size_t at = static_cast<size_t>(b->part) * PART_BYTES + b->filled;
     b->filled += taken;
     return {b->pinned + at, b->ring + at};
+}
+
+/* Events of the ring cannot be asked while the stream is captured: the unit gets a part with room enough. */
+void lr_cuda_unit_begin(const struct lr_exec *exec)
+{
+    struct backend *b = of(exec);
+    if (PART_BYTES - b->filled < LR_UNIT_UPLOAD_BYTES)
+        enter_part(exec, (b->part + 1) % N_PARTS);
+    const cudaError_t error = cudaStreamBeginCapture(b->stream, cudaStreamCaptureModeThreadLocal);
+    lr_cuda_note(exec, error, "unit_begin");
+    b->collecting = error == cudaSuccess;
+}
+
+/* Makes b->unit the graph's executable: by update where the shapes agree, anew where not. */
+static cudaError_t renew_unit(struct backend *b, cudaGraph_t graph)
+{
+    cudaGraphExecUpdateResultInfo result;
+    if (b->unit != nullptr && cudaGraphExecUpdate(b->unit, graph, &result) == cudaSuccess)
+        return cudaSuccess;
+    (void)cudaGetLastError();
+    if (b->unit != nullptr)
+        cudaGraphExecDestroy(b->unit);
+    b->unit = nullptr;
+    return cudaGraphInstantiate(&b->unit, graph, 0);
+}
+
+enum lr_status lr_cuda_unit_end(const struct lr_exec *exec, struct lr_error *err)
+{
+    struct backend *b = of(exec);
+    if (b->collecting) {
+        cudaGraph_t graph = nullptr;
+        cudaError_t error = cudaStreamEndCapture(b->stream, &graph);
+        b->collecting = false;
+        if (error == cudaSuccess)
+            error = renew_unit(b, graph);
+        if (error == cudaSuccess)
+            error = cudaGraphLaunch(b->unit, b->stream);
+        if (graph != nullptr)
+            cudaGraphDestroy(graph);
+        lr_cuda_note(exec, error, "unit_end");
+    }
+    return b->error == cudaSuccess ? LR_OK : lr_cuda_drain(exec, err);
 }
 
 const void *lr_cuda_upload(const struct lr_exec *exec, const void *host, size_t size_bytes)

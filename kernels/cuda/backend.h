@@ -37,6 +37,9 @@ void *lr_cuda_blas(const struct lr_exec *exec);
 /* The number of multiprocessors of the device. */
 int lr_cuda_multiprocessors(const struct lr_exec *exec);
 
+void lr_cuda_unit_begin(const struct lr_exec *exec);
+enum lr_status lr_cuda_unit_end(const struct lr_exec *exec, struct lr_error *err);
+
 /* Every slot of the table but the memory's, each in the file named after what it computes. */
 size_t lr_cuda_weight_bytes(int64_t n, int64_t k, enum lr_dtype dtype);
 void lr_cuda_weight_pack(struct lr_weight *w, int64_t row, int64_t n_rows, const void *rows);
