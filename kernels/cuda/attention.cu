@@ -11,21 +11,22 @@ void lr_cuda_fold_rows(const struct lr_exec *exec, const struct lr_cuda_fold *fo
 {
     const int64_t tile_rows = fold->max_tokens * (fold->shape.n_heads / fold->shape.n_kv_heads);
     cudaStream_t stream = static_cast<cudaStream_t>(exec->stream);
+    const int n = lr_cuda_multiprocessors(exec);
     cudaError_t error = cudaErrorInvalidValue;
     switch (lr_cuda_padded_head_dim(fold->shape.head_dim)) {
     case 64:
         if (tile_rows <= lr::UNIT)
-            error = lr::launch<64, 1>(*fold, stream);
+            error = lr::launch<64, 1>(*fold, n, stream);
         else if (tile_rows <= 8 * lr::UNIT)
-            error = lr::launch<64, 2>(*fold, stream);
+            error = lr::launch<64, 2>(*fold, n, stream);
         else
-            error = lr::launch<64, 3>(*fold, stream);
+            error = lr::launch<64, 3>(*fold, n, stream);
         break;
     case 128:
-        error = tile_rows <= lr::UNIT ? lr::launch<128, 1>(*fold, stream) : lr::launch<128, 2>(*fold, stream);
+        error = tile_rows <= lr::UNIT ? lr::launch<128, 1>(*fold, n, stream) : lr::launch<128, 2>(*fold, n, stream);
         break;
     case 256:
-        error = tile_rows <= lr::UNIT ? lr::launch<256, 1>(*fold, stream) : lr::launch<256, 2>(*fold, stream);
+        error = tile_rows <= lr::UNIT ? lr::launch<256, 1>(*fold, n, stream) : lr::launch<256, 2>(*fold, n, stream);
         break;
     }
     lr_cuda_note(exec, error, slot);

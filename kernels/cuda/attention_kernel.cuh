@@ -1,5 +1,5 @@
-/* Attention over KV blocks for Hopper: one producer warp and C consumer warpgroups of 64 tile rows each, which run
- * S = Q K^T -> softmax -> O += P V  with wgmma.
+/* Attention over KV blocks for Hopper: a warpgroup of producers and C consumer warpgroups of 64 tile rows each, which run
+ * S = Q K^T -> softmax -> O += P V  with wgmma. A multiprocessor's thread block goes through its share of the tiles.
  *
  *   consumer 0   | QK j | softmax j ........ | PV j-1 | QK j+1 | softmax j+1
  *   consumer 1          | QK j | softmax j ........ | PV j-1 | QK j+1 |
@@ -21,32 +21,11 @@ namespace lr
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float MAX_TRAIL = 8.0f; /* the weights are at most 2^8 */
 
-/* The two rows that a thread holds of a 64-row unit: lane / 4 and lane / 4 + 8 of its warp's sixteen. */
-struct row_place {
-    int64_t row;      /* of q */
-    int64_t position; /* -1: no such row */
-    int head;
-};
-
-static __device__ __forceinline__ row_place place_row(const lr_cuda_fold &a, const lr_cuda_rows &g, int group,
-                                                      int kv_head, int tile_row)
-{
-    row_place p;
-    const int token = tile_row / group;
-    p.head = kv_head * group + tile_row - token * group;
-    p.row = g.origin + token;
-    if (p.row < g.first || p.row >= g.end)
-        p.position = -1;
-    else
-        p.position = a.positions != nullptr ? a.positions[p.row] : a.position + p.row;
-    return p;
-}
-
 template <int D, int KEYS> struct fold_state {
     float o[D / 2];        /* [D / 8][4]: columns 8 i + 2 (lane mod 4) + {0, 1} of the first row, then of the second */
     float score[KEYS / 2]; /* [KEYS / 8][4]: the same for keys; becomes the weights before rounding */
     uint32_t weights[KEYS / 4];
-    float m[2], l[2], factor[2];
+    float m[2], l[2], factor[2]; /* of the thread's two rows: lane / 4 of its warp's sixteen, and 8 further */
 };
 
 /* S = Q K^T. Asynchronous: the caller commits and waits. PANEL: bytes between two 64-channel panels of Q. */
@@ -226,23 +205,6 @@ static __device__ __forceinline__ void store_state(const lr_cuda_fold &a, const 
         }
 }
 
-/* Puts a unit's 64 query rows into shared memory, swizzled; rows and channels that do not exist are zero. */
-template <int D>
-static __device__ __forceinline__ void load_queries(const lr_cuda_fold &a, const lr_cuda_rows &g, int group, int kv_head,
-                                                    int unit_row, uint8_t *q, uint32_t panel_bytes)
-{
-    const __nv_bfloat16 *source = static_cast<const __nv_bfloat16 *>(a.q);
-    for (int i = threadIdx.x % WARPGROUP; i < UNIT * (D / 8); i += WARPGROUP) {
-        const int r = i / (D / 8), piece = i % (D / 8);
-        const row_place p = place_row(a, g, group, kv_head, unit_row + r);
-        uint4 value = make_uint4(0, 0, 0, 0);
-        if (p.position >= 0 && piece * 8 < a.shape.head_dim)
-            value = *reinterpret_cast<const uint4 *>(source + p.row * a.q_stride + p.head * a.q_head_stride + piece * 8);
-        *reinterpret_cast<uint4 *>(q + (piece / 8) * panel_bytes + swizzled(r, piece % 8)) = value;
-    }
-    fence_to_wgmma();
-}
-
 static __device__ __forceinline__ step_note load_note(const step_note *notes, uint32_t stage)
 {
     const int4 x = load_shared(shared_address(notes) + stage * static_cast<uint32_t>(sizeof *notes));
@@ -263,147 +225,172 @@ template <int C> static __device__ __forceinline__ void give_turn(int consumer)
         named_arrive(1 + (consumer + 1 == C ? 0 : consumer + 1), 2 * WARPGROUP);
 }
 
+/* Where a consumer is in the ring. */
+struct ring_place {
+    uint32_t stage, parity;
+};
+
+template <int STAGES> static __device__ __forceinline__ ring_place after(ring_place p)
+{
+    const uint32_t stage = p.stage + 1 == STAGES ? 0 : p.stage + 1;
+    return {stage, p.parity ^ (stage == 0)};
+}
+
 template <int D, int C>
-static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const lr_cuda_rows &g, int group, int kv_head,
-                                               int tile_row, int consumer, attention_shared<D, C> &s)
+static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const tile &w, int group, int consumer,
+                                               uint32_t round, ring_place &at, attention_shared<D, C> &s)
 {
     using shape = tile_shape<D, C>;
     constexpr int KEYS = shape::KEYS, STAGES = shape::STAGES;
     constexpr uint32_t PANEL = shape::ROWS * 128;
     const int thread = threadIdx.x % WARPGROUP, lane = thread % 32, column = 2 * (lane % 4);
-    const int unit_row = tile_row + consumer * UNIT;
+    const int tile_row = consumer * UNIT + thread / 32 * 16 + lane / 4;
     const float scale2 = a.scale * LOG2E;
-    uint8_t *q = s.q + consumer * UNIT * 128;
-    load_queries<D>(a, g, group, kv_head, unit_row, q, PANEL);
-    named_barrier(1 + C + consumer, WARPGROUP);
-
-    const int first_row = unit_row + thread / 32 * 16 + lane / 4;
-    const int64_t position_0 = place_row(a, g, group, kv_head, first_row).position;
-    const int64_t position_1 = place_row(a, g, group, kv_head, first_row + 8).position;
+    const int64_t position_0 = place_row(a, w, group, tile_row).position;
+    const int64_t position_1 = place_row(a, w, group, tile_row + 8).position;
+    const uint64_t q_tile = tile_descriptor(shared_address(s.q) + consumer * UNIT * 128, 0);
+    const uint64_t k_tile = tile_descriptor(shared_address(s.k), 0);
+    const uint64_t v_tile = tile_descriptor(shared_address(s.v), KEYS * 128);
     fold_state<D, KEYS> t;
 #pragma unroll
     for (int r = 0; r < 2; r++)
-        load_state(a, t, place_row(a, g, group, kv_head, first_row + 8 * r), g.slot, r, column);
+        load_state(a, t, place_row(a, w, group, tile_row + 8 * r), w.rows.slot, r, column);
 
-    if (consumer == C - 1)
-        give_turn<C>(consumer); /* consumer 0 goes first */
-    const uint64_t q_tile = tile_descriptor(shared_address(q), 0), k_tile = tile_descriptor(shared_address(s.k), 0);
-    const uint64_t v_tile = tile_descriptor(shared_address(s.v), KEYS * 128);
-    barrier_wait(&s.k_full[0], 0);
-    step_note note = load_note(s.notes, 0);
-    if (note.n_keys > 0) {
+    barrier_wait(&s.q_full[consumer], round & 1);
+    barrier_wait(&s.k_full[at.stage], at.parity);
+    step_note note = load_note(s.notes, at.stage);
+    if (note.n_keys == 0) {
+        if (lane == 0) {
+            barrier_arrive(&s.q_empty[consumer]);
+            barrier_arrive(&s.k_empty[at.stage]);
+            barrier_arrive(&s.v_empty[at.stage]);
+        }
+    } else {
         take_turn<C>(consumer);
         wgmma_fence();
-        multiply_qk<D, KEYS, PANEL>(t.score, q_tile, k_tile);
+        multiply_qk<D, KEYS, PANEL>(t.score, q_tile, descriptor_at(k_tile, at.stage * shape::HALF_BYTES));
         wgmma_commit();
         give_turn<C>(consumer);
         wgmma_wait<0>();
         if (lane == 0)
-            barrier_arrive(&s.k_empty[0]);
+            barrier_arrive(&s.k_empty[at.stage]);
         if (!(note.flags & STEP_FULL))
             mask_scores<KEYS>(t.score, a, note, position_0, position_1, column);
         fold_scores(t, scale2);
         settle(t);
-        uint32_t stage = 0, parity = 0; /* of the step whose P V is due */
-        for (;;) {
-            const uint32_t next = stage + 1 == STAGES ? 0 : stage + 1, next_parity = parity ^ (next == 0);
-            barrier_wait(&s.k_full[next], next_parity);
-            note = load_note(s.notes, next);
-            if (note.n_keys == 0)
-                break;
+        while (!(note.flags & STEP_LAST)) {
+            const ring_place next = after<STAGES>(at);
+            barrier_wait(&s.k_full[next.stage], next.parity);
+            note = load_note(s.notes, next.stage);
             take_turn<C>(consumer);
             wgmma_fence();
-            multiply_qk<D, KEYS, PANEL>(t.score, q_tile, descriptor_at(k_tile, next * shape::HALF_BYTES));
+            multiply_qk<D, KEYS, PANEL>(t.score, q_tile, descriptor_at(k_tile, next.stage * shape::HALF_BYTES));
             wgmma_commit();
-            barrier_wait(&s.v_full[stage], parity);
-            multiply_pv<D, KEYS>(t.o, t.weights, descriptor_at(v_tile, stage * shape::HALF_BYTES));
+            barrier_wait(&s.v_full[at.stage], at.parity);
+            multiply_pv<D, KEYS>(t.o, t.weights, descriptor_at(v_tile, at.stage * shape::HALF_BYTES));
             wgmma_commit();
             give_turn<C>(consumer);
             wgmma_wait<1>();
             if (lane == 0)
-                barrier_arrive(&s.k_empty[next]);
+                barrier_arrive(&s.k_empty[next.stage]);
             if (!(note.flags & STEP_FULL))
                 mask_scores<KEYS>(t.score, a, note, position_0, position_1, column);
             fold_scores(t, scale2);
             wgmma_wait<0>();
             if (lane == 0)
-                barrier_arrive(&s.v_empty[stage]);
+                barrier_arrive(&s.v_empty[at.stage]);
             settle(t);
-            stage = next;
-            parity = next_parity;
+            at = next;
         }
-        barrier_wait(&s.v_full[stage], parity);
+        if (lane == 0)
+            barrier_arrive(&s.q_empty[consumer]);
+        barrier_wait(&s.v_full[at.stage], at.parity);
         wgmma_fence();
-        multiply_pv<D, KEYS>(t.o, t.weights, descriptor_at(v_tile, stage * shape::HALF_BYTES));
+        multiply_pv<D, KEYS>(t.o, t.weights, descriptor_at(v_tile, at.stage * shape::HALF_BYTES));
         wgmma_commit();
         wgmma_wait<0>();
+        if (lane == 0)
+            barrier_arrive(&s.v_empty[at.stage]);
     }
+    at = after<STAGES>(at);
 #pragma unroll
     for (int r = 0; r < 2; r++)
-        store_state(a, t, place_row(a, g, group, kv_head, first_row + 8 * r), g.slot, r, column);
-    if (consumer == 0)
-        take_turn<C>(consumer); /* the last turn given, so that the barriers end even */
+        store_state(a, t, place_row(a, w, group, tile_row + 8 * r), w.rows.slot, r, column);
 }
 
+template <int D, int C> static __device__ __forceinline__ void make_barriers(attention_shared<D, C> &s)
+{
+    constexpr int WARPS = WARPGROUP / 32;
+    for (int i = 0; i < tile_shape<D, C>::STAGES; i++) {
+        barrier_init(&s.k_full[i], 1);
+        barrier_init(&s.v_full[i], 1);
+        barrier_init(&s.k_empty[i], WARPS * C);
+        barrier_init(&s.v_empty[i], WARPS * C);
+    }
+    for (int i = 0; i < C; i++) {
+        barrier_init(&s.q_full[i], 1);
+        barrier_init(&s.q_empty[i], WARPS);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+/* Work w of the launch's n_work goes to thread block w mod gridDim.x. Every role goes through the same tiles. */
 template <int D, int C>
 __global__ void __launch_bounds__(tile_shape<D, C>::THREADS, (tile_shape<D, C>::BLOCKS_EACH))
-    attention_kernel(const __grid_constant__ lr_cuda_fold a, int n_tiles)
+    attention_kernel(const __grid_constant__ lr_cuda_fold a, int n_tiles, int n_work)
 {
     using shape = tile_shape<D, C>;
     extern __shared__ uint8_t raw[];
     attention_shared<D, C> &s =
         *reinterpret_cast<attention_shared<D, C> *>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
-    /* KV heads one after the other, so that their blocks stay in L2; in each the last tiles first, as a causal document's
-     * last tiles have the most work */
     const int group = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
-    const int tile = n_tiles - 1 - blockIdx.x % n_tiles;
-    const int kv_head = blockIdx.x / n_tiles % static_cast<int>(a.shape.n_kv_heads);
-    const lr_cuda_rows g = a.rows[a.n_groups - 1 - blockIdx.x / n_tiles / a.shape.n_kv_heads];
-    const int tile_row = tile * shape::ROWS;
-    int64_t first = g.origin + tile_row / group, last = g.origin + (tile_row + shape::ROWS - 1) / group;
-    first = first > g.first ? first : g.first;
-    last = last < g.end ? last : g.end - 1;
-    if (last < first)
-        return;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < shape::STAGES; i++) {
-            barrier_init(&s.k_full[i], 1);
-            barrier_init(&s.v_full[i], 1);
-            barrier_init(&s.k_empty[i], 4 * C);
-            barrier_init(&s.v_empty[i], 4 * C);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
+    if (threadIdx.x == 0)
+        make_barriers(s);
     __syncthreads();
     /* the shuffle tells the compiler that all lanes agree */
-    const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x), 0) / WARPGROUP;
-    if (warpgroup == 0) {
-        registers_shrink<C == 3 ? 32 : 24>();
-        if (threadIdx.x < 32) {
-            const walk w = make_walk(a, a.lists[g.list + kv_head * g.list_step],
-                                     a.positions != nullptr ? g.first_position : a.position + first,
-                                     a.positions != nullptr ? g.last_position : a.position + last);
-            producer<D, C>{s, 0}.run(w, kv_head);
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x), 0) / 32;
+    tile t;
+    if (warp < WARPGROUP / 32) {
+        registers_shrink<shape::PRODUCER_REGISTERS>();
+        ring_writer<D, C> ring = {s, 0, 0, nullptr, {}};
+        uint32_t round = 0;
+        for (int work = blockIdx.x; work < n_work && warp <= C; work += gridDim.x) {
+            if (!take_tile(a, group, n_tiles, shape::ROWS, work, t))
+                continue;
+            if (warp == 0)
+                produce(make_walk(a, t), t.kv_head, ring);
+            else
+                bring_queries(a, t, group, warp - 1, round, s);
+            round++;
         }
     } else {
-        registers_grow<C == 1 ? 232 : C == 2 ? 240 : 160>();
-        consume<D, C>(a, g, group, kv_head, tile_row, warpgroup - 1, s);
+        registers_grow<shape::CONSUMER_REGISTERS>();
+        const int consumer = warp / (WARPGROUP / 32) - 1;
+        ring_place at = {0, 0};
+        uint32_t round = 0;
+        if (consumer == C - 1)
+            give_turn<C>(consumer); /* consumer 0 goes first */
+        for (int work = blockIdx.x; work < n_work; work += gridDim.x)
+            if (take_tile(a, group, n_tiles, shape::ROWS, work, t))
+                consume(a, t, group, consumer, round++, at, s);
+        if (consumer == 0)
+            take_turn<C>(consumer); /* the last turn given, so that the barriers end even */
     }
 }
 
-/* Tiles of the largest group of rows. */
-template <int D, int C> static cudaError_t launch(const lr_cuda_fold &fold, cudaStream_t stream)
+template <int D, int C> static cudaError_t launch(const lr_cuda_fold &fold, int n_multiprocessors, cudaStream_t stream)
 {
     using shape = tile_shape<D, C>;
     const int bytes = sizeof(attention_shared<D, C>) + 1024;
     const int64_t group = fold.shape.n_heads / fold.shape.n_kv_heads;
     const int64_t n_tiles = (fold.max_tokens * group + shape::ROWS - 1) / shape::ROWS;
+    const int64_t n_work = n_tiles * fold.shape.n_kv_heads * fold.n_groups, room = n_multiprocessors * shape::BLOCKS_EACH;
     const cudaError_t error =
         cudaFuncSetAttribute(attention_kernel<D, C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess)
         return error;
-    attention_kernel<D, C><<<static_cast<unsigned>(n_tiles * fold.shape.n_kv_heads * fold.n_groups), shape::THREADS, bytes,
-                             stream>>>(fold, static_cast<int>(n_tiles));
+    attention_kernel<D, C><<<static_cast<unsigned>(n_work < room ? n_work : room), shape::THREADS, bytes, stream>>>(
+        fold, static_cast<int>(n_tiles), static_cast<int>(n_work));
     return cudaGetLastError();
 }
 

@@ -1,11 +1,13 @@
-/* The producer's side of attention: one warp walks a list, leaves out the blocks that no row of the tile sees, and brings
- * the others' K and V into the ring of stages by bulk copies.
+/* The producers' side of attention. A thread block goes through tiles; in each, one warp walks the tile's list, leaves out
+ * the blocks that no row of the tile sees, and brings the others' K and V into the ring of stages by bulk copies. It runs
+ * ahead of the consumers, into the next tiles too. Other warps bring the queries, one warp for each consumer.
  *
  *   list     | sinks |   not seen   |  window .......... diagonal |  not seen
- *   steps    0 1                     2 3 4 ...                  n  end
+ *   steps    0 1                     2 3 4 ...                  n
  *
  * A step is KEYS keys of a block: the whole block, or a half of it where a head has 256 channels. With its keys comes a
- * note for the consumers: where the keys begin, how many exist, and whether every row of the tile sees all of them. */
+ * note for the consumers: where the keys begin, how many exist, whether every row of the tile sees all of them, and
+ * whether it is the tile's last. A tile that sees nothing is one step without keys. */
 #ifndef LR_KERNELS_CUDA_ATTENTION_WALK_CUH
 #define LR_KERNELS_CUDA_ATTENTION_WALK_CUH
 
@@ -28,14 +30,16 @@ template <int D, int C> struct tile_shape {
     static constexpr int STAGES = D == 64 ? (C == 1 ? 3 : 4) : D == 256 && C == 2 ? 2 : 3;
     static constexpr int THREADS = (C + 1) * WARPGROUP;
     static constexpr int BLOCKS_EACH = D == 64 && C == 1 ? 2 : 1; /* thread blocks on a multiprocessor */
+    static constexpr int PRODUCER_REGISTERS = C == 3 ? 32 : C == 2 ? 40 : 24;
+    static constexpr int CONSUMER_REGISTERS = C == 3 ? 160 : 232;
 };
 
-enum { STEP_WHOLE = 1, STEP_FULL = 2 };
+enum { STEP_WHOLE = 1, STEP_FULL = 2, STEP_LAST = 4 };
 
 struct alignas(16) step_note {
     int64_t position; /* of the step's first key */
-    int32_t n_keys;   /* 0: the list is at its end */
-    int32_t flags;    /* STEP_WHOLE: seen by the window's rule; STEP_FULL: nothing to mask */
+    int32_t n_keys;
+    int32_t flags; /* WHOLE: seen by the window's rule; FULL: nothing to mask; LAST: of the tile */
 };
 
 template <int D, int C> struct attention_shared {
@@ -45,7 +49,52 @@ template <int D, int C> struct attention_shared {
     alignas(1024) uint8_t v[shape::STAGES][shape::HALF_BYTES];
     step_note notes[shape::STAGES];
     uint64_t k_full[shape::STAGES], v_full[shape::STAGES], k_empty[shape::STAGES], v_empty[shape::STAGES];
+    uint64_t q_full[C], q_empty[C];
 };
+
+/* One tile of a launch: rows of one group, one KV head. */
+struct tile {
+    lr_cuda_rows rows;
+    int kv_head;
+    int row;             /* tile row 0 is row `row` of the group, counted in query heads */
+    int64_t first, last; /* its rows of q */
+};
+
+/* KV heads one after the other, so that their blocks stay in L2; in each the last tiles first, as a causal document's last
+ * tiles have the most work. False where no row is in the tile. */
+static __device__ __forceinline__ bool take_tile(const lr_cuda_fold &a, int group, int n_tiles, int tile_rows, int work,
+                                                 tile &t)
+{
+    const int n_kv_heads = static_cast<int>(a.shape.n_kv_heads), outer = work / n_tiles;
+    t.kv_head = outer % n_kv_heads;
+    t.rows = a.rows[a.n_groups - 1 - outer / n_kv_heads];
+    t.row = (n_tiles - 1 - work % n_tiles) * tile_rows;
+    t.first = t.rows.origin + t.row / group;
+    t.last = t.rows.origin + (t.row + tile_rows - 1) / group;
+    t.first = t.first > t.rows.first ? t.first : t.rows.first;
+    t.last = t.last < t.rows.end ? t.last : t.rows.end - 1;
+    return t.first <= t.last;
+}
+
+/* A tile row: a row of q and its head. */
+struct row_place {
+    int64_t row;
+    int64_t position; /* -1: no such row */
+    int head;
+};
+
+static __device__ __forceinline__ row_place place_row(const lr_cuda_fold &a, const tile &t, int group, int tile_row)
+{
+    row_place p;
+    const int token = (t.row + tile_row) / group;
+    p.head = t.kv_head * group + t.row + tile_row - token * group;
+    p.row = t.rows.origin + token;
+    if (p.row < t.rows.first || p.row >= t.rows.end)
+        p.position = -1;
+    else
+        p.position = a.positions != nullptr ? a.positions[p.row] : a.position + p.row;
+    return p;
+}
 
 /* A tile's list, and the bounds of its rows' positions. */
 struct walk {
@@ -56,12 +105,16 @@ struct walk {
     int64_t window, sinks;
 };
 
-static __device__ __forceinline__ walk make_walk(const lr_cuda_fold &a, const lr_cuda_list &list, int64_t first_position,
-                                                 int64_t last_position)
+static __device__ __forceinline__ walk make_walk(const lr_cuda_fold &a, const tile &t)
 {
-    walk w = {list.refs, list.n_refs, 0, first_position, last_position, a.window, a.sinks};
+    const lr_cuda_list list = a.lists[t.rows.list + t.kv_head * t.rows.list_step];
+    walk w = {list.refs, list.n_refs, 0, a.position + t.first, a.position + t.last, a.window, a.sinks};
+    if (a.positions != nullptr) {
+        w.first_position = t.rows.first_position;
+        w.last_position = t.rows.last_position;
+    }
     if (list.dense && a.window > 0 && list.n_refs > 0) {
-        const int64_t reach = first_position - a.window + 1 - list.refs[0].position;
+        const int64_t reach = w.first_position - a.window + 1 - list.refs[0].position;
         w.jump = reach > 0 ? static_cast<int>(reach / BLOCK) : 0;
     }
     return w;
@@ -88,88 +141,130 @@ static __device__ __forceinline__ bool sees_all(const walk &w, const step_note &
     return w.last_position - note.position < w.window;
 }
 
-template <int D, int C> struct producer {
+/* What one lane of the walking warp does: puts steps into the ring, one behind what it is told, to know the last. */
+template <int D, int C> struct ring_writer {
     using shape = tile_shape<D, C>;
     attention_shared<D, C> &s;
-    uint32_t step;
+    uint32_t stage, parity;
+    const uint8_t *data; /* the step held back: K of its keys in the block's first panel; NULL: none */
+    step_note note;
 
-    /* One lane. `data`: K of the KV head in its block; `first`: the step's first key there. */
-    __device__ __forceinline__ void push(const uint8_t *data, const step_note &note, int first)
+    /* K or V of a step: one copy, or one for each panel. */
+    static __device__ __forceinline__ void copy_half(uint8_t *to, const uint8_t *from, uint64_t *full)
     {
         constexpr int PANEL = BLOCK * 128, PIECE = shape::KEYS * 128;
-        const uint32_t stage = step % shape::STAGES, parity = (step / shape::STAGES & 1u) ^ 1u;
-        barrier_wait(&s.k_empty[stage], parity);
-        s.notes[stage] = note;
-        barrier_expect(&s.k_full[stage], shape::HALF_BYTES);
+        barrier_expect(full, shape::HALF_BYTES);
         if constexpr (shape::KEYS == BLOCK)
-            copy_bulk(s.k[stage], data, shape::HALF_BYTES, &s.k_full[stage]);
+            copy_bulk(to, from, shape::HALF_BYTES, full);
         else
             for (int p = 0; p < shape::PANELS; p++)
-                copy_bulk(s.k[stage] + p * PIECE, data + p * PANEL + first * 128, PIECE, &s.k_full[stage]);
-        barrier_wait(&s.v_empty[stage], parity);
-        barrier_expect(&s.v_full[stage], shape::HALF_BYTES);
-        data += shape::PANELS * PANEL;
-        if constexpr (shape::KEYS == BLOCK)
-            copy_bulk(s.v[stage], data, shape::HALF_BYTES, &s.v_full[stage]);
-        else
-            for (int p = 0; p < shape::PANELS; p++)
-                copy_bulk(s.v[stage] + p * PIECE, data + p * PANEL + first * 128, PIECE, &s.v_full[stage]);
-        step++;
+                copy_bulk(to + p * PIECE, from + p * PANEL, PIECE, full);
     }
 
-    __device__ __forceinline__ void push_block(const walk &w, const uint8_t *data, int64_t position, int n_keys, int whole)
+    __device__ __forceinline__ void put(int flags)
+    {
+        barrier_wait(&s.k_empty[stage], parity ^ 1);
+        note.flags |= flags;
+        s.notes[stage] = note;
+        if (data != nullptr)
+            copy_half(s.k[stage], data, &s.k_full[stage]);
+        else
+            barrier_arrive(&s.k_full[stage]);
+        barrier_wait(&s.v_empty[stage], parity ^ 1);
+        if (data != nullptr)
+            copy_half(s.v[stage], data + shape::PANELS * BLOCK * 128, &s.v_full[stage]);
+        else
+            barrier_arrive(&s.v_full[stage]);
+        stage = stage + 1 == shape::STAGES ? 0 : stage + 1;
+        parity ^= stage == 0;
+    }
+
+    __device__ __forceinline__ void offer(const walk &w, const uint8_t *block, int64_t position, int n_keys, int whole)
     {
         for (int first = 0; first < BLOCK; first += shape::KEYS) {
-            step_note note = {position + first, n_keys - first < shape::KEYS ? n_keys - first : shape::KEYS,
-                              whole ? STEP_WHOLE : 0};
-            if (note.n_keys <= 0 || note.position > w.last_position)
+            const int left = n_keys - first;
+            if (left <= 0 || position + first > w.last_position)
                 break;
+            if (data != nullptr)
+                put(0);
+            data = block + first * 128;
+            note = {position + first, left < shape::KEYS ? left : shape::KEYS, whole ? STEP_WHOLE : 0};
             if (sees_all(w, note, shape::KEYS))
                 note.flags |= STEP_FULL;
-            push(data, note, first);
         }
     }
 
-    /* The whole warp: 32 blocks are looked at together, and the next 32 are on their way meanwhile. */
-    __device__ __forceinline__ void run(const walk &w, int kv_head)
+    __device__ __forceinline__ void finish()
     {
-        const int lane = threadIdx.x % 32;
-        const int64_t head_offset = static_cast<int64_t>(kv_head) * 4 * BLOCK * D;
-        lr_kv_ref next = {};
-        if (lane < w.n_refs)
-            next = w.refs[lane];
-        const int64_t list_position = __shfl_sync(0xffffffffu, next.position, 0);
-        for (int i = 0; i < w.n_refs;) {
-            const lr_kv_ref ref = next;
-            const bool there = i + lane < w.n_refs;
-            uint32_t wanted = __ballot_sync(0xffffffffu, there && sees(w, ref));
-            int following = i + 32;
-            if (following < w.jump && list_position + static_cast<int64_t>(following) * BLOCK >= w.sinks)
-                following = w.jump;
-            if (__any_sync(0xffffffffu, there && ref.position > w.last_position))
-                following = w.n_refs;
-            if (following + lane < w.n_refs)
-                next = w.refs[following + lane];
-            while (wanted != 0) {
-                const int source = __ffs(static_cast<int>(wanted)) - 1;
-                wanted &= wanted - 1;
-                const uint64_t data = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(ref.data), source);
-                const int64_t position = __shfl_sync(0xffffffffu, ref.position, source);
-                const int n_keys = __shfl_sync(0xffffffffu, ref.n_keys, source);
-                const int whole = __shfl_sync(0xffffffffu, ref.whole, source);
-                if (lane == 0)
-                    push_block(w, reinterpret_cast<const uint8_t *>(data) + head_offset, position, n_keys, whole);
-            }
-            i = following;
-        }
-        if (lane == 0) {
-            const uint32_t stage = step % shape::STAGES;
-            barrier_wait(&s.k_empty[stage], (step / shape::STAGES & 1u) ^ 1u);
-            s.notes[stage] = step_note{0, 0, 0};
-            barrier_arrive(&s.k_full[stage]);
-        }
+        if (data == nullptr)
+            note = {0, 0, 0};
+        put(STEP_LAST);
+        data = nullptr;
     }
 };
+
+/* The walking warp: 32 blocks are looked at together, and the next 32 are on their way meanwhile. */
+template <int D, int C>
+static __device__ __forceinline__ void produce(const walk &w, int kv_head, ring_writer<D, C> &ring)
+{
+    const int lane = threadIdx.x % 32;
+    const int64_t head_offset = static_cast<int64_t>(kv_head) * 4 * BLOCK * D;
+    lr_kv_ref next = {};
+    if (lane < w.n_refs)
+        next = w.refs[lane];
+    const int64_t list_position = __shfl_sync(0xffffffffu, next.position, 0);
+    for (int i = 0; i < w.n_refs;) {
+        const lr_kv_ref ref = next;
+        const bool there = i + lane < w.n_refs;
+        uint32_t wanted = __ballot_sync(0xffffffffu, there && sees(w, ref));
+        int following = i + 32;
+        if (following < w.jump && list_position + static_cast<int64_t>(following) * BLOCK >= w.sinks)
+            following = w.jump;
+        if (__any_sync(0xffffffffu, there && ref.position > w.last_position))
+            following = w.n_refs;
+        if (following + lane < w.n_refs)
+            next = w.refs[following + lane];
+        while (wanted != 0) {
+            const int source = __ffs(static_cast<int>(wanted)) - 1;
+            wanted &= wanted - 1;
+            const uint64_t data = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(ref.data), source);
+            const int64_t position = __shfl_sync(0xffffffffu, ref.position, source);
+            const int n_keys = __shfl_sync(0xffffffffu, ref.n_keys, source);
+            const int whole = __shfl_sync(0xffffffffu, ref.whole, source);
+            if (lane == 0)
+                ring.offer(w, reinterpret_cast<const uint8_t *>(data) + head_offset, position, n_keys, whole);
+        }
+        i = following;
+    }
+    if (lane == 0)
+        ring.finish();
+}
+
+/* One warp puts a consumer's 64 query rows into shared memory, swizzled; rows and channels that do not exist are zero.
+ * `round`: how many tiles the thread block has been through. */
+template <int D, int C>
+static __device__ __forceinline__ void bring_queries(const lr_cuda_fold &a, const tile &t, int group, int consumer,
+                                                     uint32_t round, attention_shared<D, C> &s)
+{
+    constexpr int PIECES = D / 8;
+    const int lane = threadIdx.x % 32;
+    const __nv_bfloat16 *source = static_cast<const __nv_bfloat16 *>(a.q);
+    const uint32_t q = shared_address(s.q) + consumer * UNIT * 128;
+    barrier_wait(&s.q_empty[consumer], (round & 1) ^ 1);
+    for (int i = lane; i < UNIT * PIECES; i += 32) {
+        const int r = i / PIECES, piece = i % PIECES;
+        const row_place p = place_row(a, t, group, consumer * UNIT + r);
+        const bool there = p.position >= 0 && piece * 8 < a.shape.head_dim;
+        const __nv_bfloat16 *from = there ? source + p.row * a.q_stride + p.head * a.q_head_stride + piece * 8 : source;
+        copy_async(q + (piece / 8) * (tile_shape<D, C>::ROWS * 128) + swizzled(r, piece % 8), from, there);
+    }
+    copy_commit();
+    copy_wait<0>();
+    fence_to_wgmma();
+    __syncwarp();
+    if (lane == 0)
+        barrier_arrive(&s.q_full[consumer]);
+}
 
 } // namespace lr
 
