@@ -103,7 +103,9 @@ static enum lr_status timed_out(struct lr_comm *comm, const struct lr_comm_step 
     struct lr_error why = {.message = ""};
     char lost[160] = "";
     if (lr_trail_explain(device_of(comm)->trail, &why) == LR_OUT_OF_STEP)
-        return lr_fail(err, LR_OUT_OF_STEP, "%s", why.message);
+        return lr_fail(err, LR_OUT_OF_STEP, "%s (worker %d waited %.1f s for the GPUs at step %llu, %s '%s')",
+                       why.message, comm->rank, (double)comm->timeout_ms / 1000.0, (unsigned long long)step->sequence,
+                       lr_comm_kind_text(step->kind), step->label);
     lr_comm_describe_loss(comm, lost, sizeof lost);
     return lr_fail(err, LR_TIMEOUT, "worker %d waited %.1f s for the GPUs at step %llu, %s '%s': %s%s%s", comm->rank,
                    (double)comm->timeout_ms / 1000.0, (unsigned long long)step->sequence, lr_comm_kind_text(step->kind),
