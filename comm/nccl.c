@@ -296,12 +296,16 @@ exchange(struct lr_comm *comm, const char *data, bool same, const size_t *sends,
 
 /* ---- collectives ---- */
 
+/* Also compares all trails, so that behind a barrier nobody was out of step. */
 static enum lr_status nccl_barrier(struct lr_comm *comm, const char *label, struct lr_error *err)
 {
+    struct device_links *device = device_of(comm);
     struct lr_comm_step step = step_of(LR_COMM_BARRIER, label);
     enum lr_status status = note(comm, &step, 0, NULL, NULL, err);
     if (status == LR_OK)
-        status = lr_comm_barrier(device_of(comm)->links.host, label, err);
+        status = lr_comm_barrier(device->links.host, label, err);
+    if (status == LR_OK)
+        status = lr_trail_end(device->trail, err);
     return ended(comm, status);
 }
 
