@@ -9,7 +9,7 @@
  * Links are a struct lr_comm, entered with the functions of comm.h in the same order by every worker. Data pointers are
  * in the backend's memory, of any alignment; arrays of sizes, labels and requests are in the host's. lr_comm_barrier
  * and lr_comm_exchange_sizes go over the host communicator (the array of received sizes too is in host memory) and do
- * not wait for the device.
+ * not wait for the device. Behind a barrier all workers were in step.
  *
  * Order: a collective takes its data after everything launched before on the kernels' stream, and what is launched
  * after it, or after lr_comm_wait for a started one, sees what came. Between start and wait kernels run beside the

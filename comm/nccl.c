@@ -103,7 +103,9 @@ static enum lr_status timed_out(struct lr_comm *comm, const struct lr_comm_step 
     struct lr_error why = {.message = ""};
     char lost[160] = "";
     if (lr_trail_explain(device_of(comm)->trail, &why) == LR_OUT_OF_STEP)
-        return lr_fail(err, LR_OUT_OF_STEP, "%s", why.message);
+        return lr_fail(err, LR_OUT_OF_STEP, "%s (worker %d waited %.1f s for the GPUs at step %llu, %s '%s')",
+                       why.message, comm->rank, (double)comm->timeout_ms / 1000.0, (unsigned long long)step->sequence,
+                       lr_comm_kind_text(step->kind), step->label);
     lr_comm_describe_loss(comm, lost, sizeof lost);
     return lr_fail(err, LR_TIMEOUT, "worker %d waited %.1f s for the GPUs at step %llu, %s '%s': %s%s%s", comm->rank,
                    (double)comm->timeout_ms / 1000.0, (unsigned long long)step->sequence, lr_comm_kind_text(step->kind),
@@ -294,12 +296,16 @@ exchange(struct lr_comm *comm, const char *data, bool same, const size_t *sends,
 
 /* ---- collectives ---- */
 
+/* Also compares all trails, so that behind a barrier nobody was out of step. */
 static enum lr_status nccl_barrier(struct lr_comm *comm, const char *label, struct lr_error *err)
 {
+    struct device_links *device = device_of(comm);
     struct lr_comm_step step = step_of(LR_COMM_BARRIER, label);
     enum lr_status status = note(comm, &step, 0, NULL, NULL, err);
     if (status == LR_OK)
-        status = lr_comm_barrier(device_of(comm)->links.host, label, err);
+        status = lr_comm_barrier(device->links.host, label, err);
+    if (status == LR_OK)
+        status = lr_trail_end(device->trail, err);
     return ended(comm, status);
 }
 

@@ -21,7 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { LATE_SECONDS = 600, SKIPPED = 77 };
+enum { LATE_SECONDS = 600, SKIPPED = 77, OPENING_MS = 60000 };
 
 static struct lr_comm world, links;
 static struct lr_comm *comm = &world;
@@ -72,6 +72,12 @@ _Noreturn static void report_and_abort(enum lr_status status, const struct lr_er
     lr_comm_abort(comm, exit_code);
 }
 
+/* For what the host has not waited for. */
+static enum lr_status wait_for_device(struct lr_error *err)
+{
+    return area->links.wait ? area->links.wait(area->links.context, err) : LR_OK;
+}
+
 static enum lr_status diverge_label(struct lr_error *err)
 {
     return lr_comm_barrier(comm, comm->rank == 1 ? "layer 8 experts" : "layer 7 experts", err);
@@ -108,6 +114,17 @@ static enum lr_status diverge_large(struct lr_error *err)
     return gather_of_two_sizes(1 << 20, 3 << 20, err);
 }
 
+/* Only the labels differ, so that the bytes come all the same: noticed at once by headers, some steps later by trails.
+ */
+static enum lr_status diverge_trail(struct lr_error *err)
+{
+    unsigned char *data = take_buffer(100), *received = take_buffer(100 * (size_t)comm->size);
+    for (int i = 0; i < 200; i++)
+        LR_TRY(lr_comm_all_gather(comm, comm->rank == 1 && i == 5 ? "layer 8 experts" : "layer 7 experts", data, 100,
+                                  received, err));
+    return LR_OK;
+}
+
 /* Worker 1 left out one step, and comes with the next. */
 static enum lr_status diverge_skip(struct lr_error *err)
 {
@@ -130,6 +147,7 @@ static enum lr_status diverge_started(struct lr_error *err)
     unsigned char *next = take_buffer(next_bytes), *all = take_buffer(next_bytes * (size_t)comm->size);
     fill(next, next_bytes, 1, comm->rank, ANYONE);
     LR_TRY(lr_comm_all_gather(comm, "layer 8 experts", next, next_bytes, all, err));
+    LR_TRY(wait_for_device(err));
     for (int r = 0; r < comm->size; r++)
         check(all + next_bytes * (size_t)r, next_bytes, 1, r, ANYONE, "the step after a started one");
     return lr_comm_wait(comm, &request, err);
@@ -140,6 +158,14 @@ static enum lr_status late_barrier(struct lr_error *err)
     if (comm->rank == 1)
         sleep_ms(LATE_SECONDS * 1000);
     return lr_comm_barrier(comm, "layer 7 experts", err);
+}
+
+static enum lr_status late_gather(struct lr_error *err)
+{
+    if (comm->rank == 1)
+        sleep_ms(LATE_SECONDS * 1000);
+    unsigned char *data = take_buffer(100), *received = take_buffer(100 * (size_t)comm->size);
+    return lr_comm_all_gather(comm, "layer 7 experts", data, 100, received, err);
 }
 
 static enum lr_status stopped_barrier(struct lr_error *err)
@@ -193,9 +219,11 @@ static const struct failure failures[] = {
     {"diverge-small", diverge_small, 20000, -1, 3},
     {"diverge-seam", diverge_seam, 20000, -1, 3},
     {"diverge-large", diverge_large, 20000, -1, 3},
+    {"diverge-trail", diverge_trail, 20000, -1, 3},
     {"diverge-skip", diverge_skip, 20000, -1, 3},
     {"diverge-started", diverge_started, 20000, -1, 3},
     {"late", late_barrier, 1500, 1, 4},
+    {"late-gather", late_gather, 1500, 1, 4},
     {"late-payload", late_payload, 1500, 1, 4},
     {"stopped", stopped_barrier, 1500, 1, 4},
     {"die", die_barrier, 60000, 1, 5},
@@ -227,8 +255,8 @@ static int run_failure(const struct failure *failure)
 {
     struct lr_error err;
     enum lr_status status = failure->run(&err);
-    if (status == LR_OK && area->links.wait) /* what the host did not wait for */
-        status = area->links.wait(area->links.context, &err);
+    if (status == LR_OK)
+        status = wait_for_device(&err);
     if (status == LR_OK && failure->exit_code == 0)
         return 0;
     report_and_abort(status, &err, failure->silent, failure->exit_code);
@@ -346,6 +374,13 @@ static void open_links(const struct options *options)
     comm = &links;
 }
 
+/* Over NCCL it is often a deadline that brings out who is out of step. */
+static void set_deadline(const struct options *options, int64_t timeout_ms)
+{
+    int is_nccl = options->links && strcmp(options->links, "nccl") == 0;
+    world.timeout_ms = links.timeout_ms = is_nccl && timeout_ms == 20000 ? 3000 : timeout_ms;
+}
+
 int main(int n_arguments, char **arguments)
 {
     struct options options = {0};
@@ -358,8 +393,10 @@ int main(int n_arguments, char **arguments)
         return 2;
     }
     report_folder = options.folder;
-    open_world(options.mode, failure ? failure->timeout_ms : is_long ? 3000 : 120000);
+    int64_t timeout_ms = failure ? failure->timeout_ms : is_long ? 3000 : 120000;
+    open_world(options.mode, strcmp(options.mode, "absent") == 0 ? timeout_ms : OPENING_MS);
     open_links(&options);
+    set_deadline(&options, timeout_ms);
     collectives_use(comm, &world, area);
     if (failure && comm->size < 2) {
         fprintf(stderr, "comm_worker: '%s' takes two workers\n", options.mode);

@@ -56,10 +56,11 @@ case $failure in
         said 1 "[workers out of step]"
         said 1 "worker 1 is at step"
         ;;
-    late | late-payload | stopped)
+    late | late-gather | late-payload | stopped)
         exits_with 4
         all_said "[deadline exceeded]"
-        all_said "at 'layer 7 experts' without a word from worker 1 (host "
+        all_said "'layer 7 experts'"
+        all_said "' without a word from worker 1 (host "
         ;;
     die)
         [ "$code" -ne 0 ] && [ "$code" -ne 124 ] || fail "exit $code"
@@ -76,7 +77,7 @@ case $failure in
     *) fail "unknown" ;;
 esac
 case $failure in
-    diverge-label) all_said "'layer 8 experts'" ;;
+    diverge-label | diverge-trail) all_said "'layer 8 experts'" ;;
     diverge-kind) all_said "barrier 'layer 7 experts'" && all_said "sum 'layer 7 experts'" ;;
     diverge-skip) all_said "'layer 8 experts'" ;;
     diverge-small) all_said "sends 101" ;;
