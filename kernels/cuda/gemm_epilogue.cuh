@@ -1,25 +1,35 @@
-/* What happens to a finished tile between the accumulators and global memory: bias, activation, SwiGLU, the residual,
- * rounding. A thread of a warpgroup holds, of 64 rows x N columns,
+/* What happens to a finished block of rows between the accumulators and global memory: bias, activation, SwiGLU, the
+ * residual, rounding. A thread of a warpgroup holds, of 64 rows x N columns,
  *
  *   sum[4 i + 2 h + c]: row  16 warp + lane / 4 + 8 h,  column  8 i + 2 (lane mod 4) + c
  *
- * so a quad of lanes has 8 columns of a row. For bf16 outputs the quads exchange four such pieces, after which every
- * lane stores 16 bytes and a quad 64 bytes of a row in one instruction. Device code only. */
+ * bf16, 64 rows:  through shared memory, from which the copy engine writes while the warpgroup multiplies on
+ * bf16, fewer:    the copy engine would overwrite the next expert's rows. Quads of lanes exchange four pieces of 8
+ *                 columns, after which every lane stores 16 bytes and a quad 64 bytes of a row in one instruction
+ * float32:        a quad has 32 bytes of a row; the residual is added by the memory (every element once: no order)
+ *
+ * Device code only. */
 #ifndef LR_KERNELS_CUDA_GEMM_EPILOGUE_CUH
 #define LR_KERNELS_CUDA_GEMM_EPILOGUE_CUH
 
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/tma.cuh"
 #include "kernels/ops.h"
-#include <cuda.h>
 
 namespace lr
 {
+
+#ifndef DIRECT
+#define DIRECT 0
+#endif
+constexpr int STAGING_COLUMNS = 128;
+constexpr int STAGING_BYTES = 64 * STAGING_COLUMNS * 2; /* of a warpgroup */
 
 enum class output_kind { BF16, F32, SWIGLU };
 
 struct product_params {
     CUtensorMap a;    /* [1, n_rows, k], boxes of 64 rows */
     CUtensorMap b[2]; /* [n_experts, n, k], boxes of COLUMNS rows; SwiGLU: gate and up, COLUMNS / 2 rows each */
+    CUtensorMap stores; /* y, boxes of 64 rows */
     const int64_t *offsets;
     int64_t n_rows;
     int n_experts;
@@ -81,6 +91,45 @@ static __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4], int lane
     }
 }
 
+/* Four 8x8 blocks of bf16: lane l gives the address of row l mod 8 of block l / 8. */
+static __device__ __forceinline__ void store_blocks(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+/* N columns of 64 rows as bf16 through `staging`, the warpgroup's own STAGING_BYTES, as many columns at a time as it
+ * holds. Returns while the copy engine still reads the last of them. */
+template <int N, int SIZE>
+static __device__ __forceinline__ void store_boxes(const product_params &p, const float (&sum)[SIZE], int row,
+                                                   int first_column, uint32_t staging, int barrier)
+{
+    constexpr int WIDTH = N < STAGING_COLUMNS ? N : STAGING_COLUMNS;
+    const int lane = threadIdx.x % 32, own_row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    const bool leader = threadIdx.x % 128 == 0;
+#pragma unroll
+    for (int first = 0; first < N; first += WIDTH) {
+        if (leader)
+            store_wait_read();
+        named_barrier(barrier, 128);
+#pragma unroll
+        for (int i = 0; i < WIDTH / 16; i++) {
+            const float *x = &sum[4 * (first / 8 + 2 * i)];
+            const uint32_t at = staging + i / 4 * (64 * 128) + swizzled(own_row, i % 4 * 2 + lane / 16);
+            store_blocks(at, pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+        }
+        fence_to_wgmma(); /* and to the copy engine */
+        named_barrier(barrier, 128);
+        if (leader) {
+#pragma unroll
+            for (int i = 0; i < WIDTH / 64; i++)
+                tensor_store(&p.stores, staging + i * (64 * 128), first_column + first + 64 * i, row);
+            store_commit();
+        }
+    }
+}
+
 /* The first 2 N sums as bf16. */
 template <int N, int SIZE>
 static __device__ __forceinline__ void store_pieces(const product_params &p, const float (&sum)[SIZE], int64_t row,
@@ -103,35 +152,32 @@ static __device__ __forceinline__ void store_pieces(const product_params &p, con
         }
 }
 
+/* y += (a, b), by the memory: nothing comes back, so nobody waits. */
+static __device__ __forceinline__ void add_pair(float *y, float a, float b)
+{
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(y), "f"(a), "f"(b) : "memory");
+}
+
 /* float32 in pairs: a quad covers a sector of 32 bytes. */
 template <int N>
 static __device__ __forceinline__ void store_pairs(const product_params &p, const float (&sum)[N / 2], int64_t row,
                                                    int n_rows, int first_column)
 {
     const int lane = threadIdx.x % 32, own_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-    constexpr int BATCH = 4; /* pairs read before the first is written */
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int r = own_row + 8 * h, column = first_column + 2 * (lane % 4);
         float *y = static_cast<float *>(p.y) + (row + r) * p.y_stride + column;
         const int n_columns = r < n_rows ? p.n_columns - column : 0;
 #pragma unroll
-        for (int block = 0; block < N / 8; block += BATCH) {
-            float2 value[BATCH];
-#pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                value[i] = make_float2(0.0f, 0.0f);
-                if (p.accumulate && 8 * (block + i) < n_columns)
-                    value[i] = *reinterpret_cast<const float2 *>(y + 8 * (block + i));
-            }
-#pragma unroll
-            for (int i = 0; i < BATCH; i++) {
-                const float *pair = &sum[4 * (block + i) + 2 * h];
-                value[i] = p.accumulate ? make_float2(value[i].x + pair[0], value[i].y + pair[1])
-                                        : make_float2(pair[0], pair[1]);
-                if (8 * (block + i) < n_columns)
-                    *reinterpret_cast<float2 *>(y + 8 * (block + i)) = value[i];
-            }
+        for (int block = 0; block < N / 8; block++) {
+            const float *pair = &sum[4 * block + 2 * h];
+            if (8 * block >= n_columns)
+                continue;
+            if (p.accumulate)
+                add_pair(y + 8 * block, pair[0], pair[1]);
+            else
+                *reinterpret_cast<float2 *>(y + 8 * block) = make_float2(pair[0], pair[1]);
         }
     }
 }
@@ -176,10 +222,10 @@ static __device__ __forceinline__ void add_bias(const product_params &p, float (
 }
 
 /* The warpgroup's n_rows (1..64) rows from `row` on. Without GENERAL: no activation (SwiGLU: SiLU), bf16 is not
- * accumulated, and y may be written in pieces of 8 elements (bf16), of 2 (float32). */
+ * accumulated, and y may be written in pieces of 8 elements (bf16), of 2 (float32). `barrier` is the warpgroup's named barrier. */
 template <output_kind OUTPUT, bool GENERAL, int SIZE>
 static __device__ __forceinline__ void store_tile(const product_params &p, float (&sum)[SIZE], int64_t row, int n_rows,
-                                                  int first_column)
+                                                  int first_column, uint32_t staging, int barrier)
 {
     constexpr int N = OUTPUT == output_kind::SWIGLU ? SIZE : 2 * SIZE; /* columns of y */
     if constexpr (OUTPUT == output_kind::SWIGLU) {
@@ -198,6 +244,8 @@ static __device__ __forceinline__ void store_tile(const product_params &p, float
         store_elements<N, OUTPUT == output_kind::F32>(p, sum, row, n_rows, first_column);
     else if constexpr (OUTPUT == output_kind::F32)
         store_pairs<N>(p, sum, row, n_rows, first_column);
+    else if (!DIRECT && N % 64 == 0 && n_rows == 64)
+        store_boxes<N>(p, sum, static_cast<int>(row), first_column, staging, barrier);
     else
         store_pieces<N>(p, sum, row, n_rows, first_column);
 }

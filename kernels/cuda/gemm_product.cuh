@@ -46,21 +46,33 @@ template <int BLOCKS_, int COLUMNS_, int CLUSTER_> struct product_shape {
     static constexpr int ROWS = CONSUMERS * BLOCKS * BLOCK_ROWS;
     static constexpr int A_BYTES = ROWS * TILE_K * 2, B_BYTES = COLUMNS * TILE_K * 2;
     static constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
-    static constexpr int N_STAGES = 192 * 1024 / STAGE_BYTES;
-    static constexpr int BYTES = N_STAGES * (STAGE_BYTES + 2 * 8); /* the list of tiles follows */
+    static constexpr int N_STAGES = (COLUMNS > 64 ? 192 : 176) * 1024 / STAGE_BYTES;
+    static constexpr int BYTES = CONSUMERS * STAGING_BYTES + N_STAGES * (STAGE_BYTES + 2 * 8);
+    static constexpr int MAX_EXPERTS = (227 * 1024 - BYTES) / 4 - 1; /* the list of tiles follows */
 };
 
 /* For much work, and for little: many small tiles. */
-typedef product_shape<2, 128, 2> large_shape;
+#ifndef NOSKEW
+#define NOSKEW 0
+#endif
+#if VARIANT == 1
+#define LARGE 1, 256, 2
+#elif VARIANT == 2
+#define LARGE 2, 128, 2
+#else
+#define LARGE 1, 256, 1
+#endif
+typedef product_shape<LARGE> large_shape;
 typedef product_shape<1, 64, 1> small_shape;
 
 /* Columns of y that a block computes. */
 template <class SHAPE, output_kind OUTPUT>
 constexpr int BLOCK_COLUMNS = OUTPUT == output_kind::SWIGLU ? SHAPE::COLUMNS / 2 : SHAPE::COLUMNS;
 
-/* What the tensor maps are made of, on the host: a [n_rows, k]; W or, with SwiGLU, gate and up [n_experts, n, k]. */
+/* What the tensor maps are made of, on the host: a [n_rows, k]; W or, with SwiGLU, gate and up [n_experts, n, k];
+ * y [n_rows, n] if it is bf16. */
 struct product_operands {
-    matrix_view a, b[2];
+    matrix_view a, b[2], y;
 };
 
 /* Where a cluster's tile lies. */
@@ -128,7 +140,7 @@ template <int ROWS> static __device__ __forceinline__ void count_tiles(const pro
 
 /* The ring's barriers and where the role stands in it; producer and consumers step through it alike. */
 template <class SHAPE> struct ring {
-    uint32_t stages;
+    uint32_t stages, staging;
     uint64_t *full, *empty;
     int stage = 0;
     uint32_t parity = 0;
@@ -219,7 +231,8 @@ static __device__ __forceinline__ void compute(const product_params &p, const ti
 #pragma unroll
     for (int i = 0; i < N; i++) {
         const int first = (consumer + i * CONSUMERS) * BLOCK_ROWS;
-        store_tile<OUTPUT, GENERAL>(p, sum[i], t.row + first, min(t.n_rows - first, BLOCK_ROWS), column);
+        store_tile<OUTPUT, GENERAL>(p, sum[i], t.row + first, min(t.n_rows - first, BLOCK_ROWS), column,
+                                    ring.staging + consumer * STAGING_BYTES, 1 + consumer);
     }
 }
 
@@ -230,6 +243,9 @@ static __device__ __forceinline__ void consume(const product_params &p, tile_wal
     const int rank = CLUSTER == 1 ? 0 : cluster_rank();
     const int consumer = threadIdx.x / WARPGROUP_THREADS - 1;
     tile t;
+    /* The second consumer starts later by what the ring holds. From then on one multiplies while the other stores. */
+    if (!NOSKEW && consumer == 1 && p.n_steps >= SHAPE::N_STAGES && walk.find(blockIdx.x / CLUSTER, t))
+        barrier_wait(&ring.full[SHAPE::N_STAGES - 1], 0);
     for (int64_t number = blockIdx.x / CLUSTER; walk.find(number, t); number += gridDim.x / CLUSTER) {
         const int column = (t.column_tile * CLUSTER + rank) * BLOCK_COLUMNS<SHAPE, OUTPUT>;
         if (t.n_rows > (consumer + (SHAPE::BLOCKS - 1) * CONSUMERS) * BLOCK_ROWS) {
@@ -243,13 +259,15 @@ static __device__ __forceinline__ void consume(const product_params &p, tile_wal
             }
         }
     }
+    store_wait();
 }
 
 template <class SHAPE, output_kind OUTPUT, bool GENERAL>
 static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(const __grid_constant__ product_params p)
 {
     extern __shared__ __align__(1024) uint8_t shared[];
-    uint64_t *full = reinterpret_cast<uint64_t *>(shared + SHAPE::N_STAGES * SHAPE::STAGE_BYTES);
+    uint8_t *staging = shared + SHAPE::N_STAGES * SHAPE::STAGE_BYTES;
+    uint64_t *full = reinterpret_cast<uint64_t *>(staging + CONSUMERS * STAGING_BYTES);
     uint64_t *empty = full + SHAPE::N_STAGES;
     int32_t *before = reinterpret_cast<int32_t *>(empty + SHAPE::N_STAGES);
 
@@ -269,7 +287,7 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(cons
     if constexpr (SHAPE::CLUSTER > 1)
         cluster_sync();
     const tile_walk<SHAPE::ROWS> walk = {p.offsets, before, p.n_rows, p.n_experts, p.n_column_tiles, 0};
-    const ring<SHAPE> ring = {shared_address(shared), full, empty};
+    const ring<SHAPE> ring = {shared_address(shared), shared_address(staging), full, empty};
     if (threadIdx.x < WARPGROUP_THREADS) {
         registers_shrink<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0)
@@ -294,6 +312,8 @@ static cudaError_t launch_product(cudaStream_t stream, int n_multiprocessors, pr
     cudaError_t error = tensor_map_encode(&p.a, operands.a, BLOCK_ROWS);
     for (int i = 0; error == cudaSuccess && i < (OUTPUT == output_kind::SWIGLU ? 2 : 1); i++)
         error = tensor_map_encode(&p.b[i], operands.b[i], COLUMNS);
+    if (error == cudaSuccess && OUTPUT != output_kind::F32 && !GENERAL)
+        error = tensor_map_encode(&p.stores, operands.y, BLOCK_ROWS);
     if (error == cudaSuccess)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes);
     if (error != cudaSuccess)
@@ -317,9 +337,10 @@ static cudaError_t launch_product(cudaStream_t stream, int n_multiprocessors, pr
 }
 
 /* Whether n_rows x n_columns gives every cluster of the large shape a tile. */
-static inline bool fills_device(int64_t n_rows, int64_t n_columns, int tile_columns, int n_multiprocessors)
+static inline bool fills_device(int64_t n_rows, int64_t n_columns, int64_t n_experts, int tile_columns,
+                                int n_multiprocessors)
 {
-    return n_columns > tile_columns / 2 && divide_up(n_rows, large_shape::ROWS) * divide_up(n_columns, tile_columns) >=
+    return n_experts <= large_shape::MAX_EXPERTS && n_columns > tile_columns / 2 && divide_up(n_rows, large_shape::ROWS) * divide_up(n_columns, tile_columns) >=
                                                n_multiprocessors / large_shape::CLUSTER;
 }
 

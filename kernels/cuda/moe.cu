@@ -1,108 +1,12 @@
-/* Router, row gathering and the weighted sum that brings expert outputs home. */
+/* Row gathering and the weighted sum that brings expert outputs home. */
 #include "kernels/cuda/backend.h"
 
 #include <cuda_bf16.h>
-#include <math.h>
 
 namespace lr
 {
 
 constexpr int WARPS = 4;
-
-/* ---- router: one warp a row, expert e in lane e mod 32 ---- */
-
-struct choice {
-    float p;
-    int expert;
-};
-
-/* The larger p, and of equals the lower expert. A NaN is never better. */
-static __device__ __forceinline__ choice better(choice a, choice b)
-{
-    return b.p > a.p || (b.p == a.p && b.expert < a.expert) ? b : a;
-}
-
-static __device__ __forceinline__ choice best_of_lane(const float *p, int n_experts, int lane)
-{
-    choice best = {-1.0f, INT32_MAX}; /* a taken expert has -1 as well, and is never better */
-    for (int e = lane; e < n_experts; e += 32)
-        if (p[e] > best.p)
-            best = {p[e], e};
-    return best;
-}
-
-static __device__ void softmax(const float *logits, int n_experts, int lane, float *p)
-{
-    float largest = -INFINITY;
-    for (int e = lane; e < n_experts; e += 32)
-        largest = fmaxf(largest, logits[e]);
-    for (int step = 16; step > 0; step /= 2)
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    float sum = 0.0f;
-    for (int e = lane; e < n_experts; e += 32) {
-        p[e] = expf(logits[e] - largest);
-        sum += p[e];
-    }
-    for (int step = 16; step > 0; step /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    for (int e = lane; e < n_experts; e += 32)
-        p[e] = __fdiv_rn(p[e], sum);
-}
-
-/* The lowest expert that is not among the n chosen ones: for rows without a single number. */
-static __device__ int lowest_free(const int *chosen, int n)
-{
-    int expert = 0;
-    for (int i = 0; i < n; i++)
-        for (int j = 0; j < n; j++)
-            expert += chosen[j] == expert;
-    return expert;
-}
-
-static __global__ void __launch_bounds__(WARPS * 32) router_kernel(const lr_router_args args)
-{
-    extern __shared__ float shared[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int n_experts = static_cast<int>(args.n_experts), top_k = static_cast<int>(args.top_k);
-    float *p = shared + warp * (n_experts + 2 * top_k), *chosen_p = p + n_experts;
-    int *chosen = reinterpret_cast<int *>(chosen_p + top_k);
-    const int64_t n_warps = static_cast<int64_t>(gridDim.x) * WARPS;
-    for (int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + warp; row < args.n_rows; row += n_warps) {
-        softmax(args.logits + row * n_experts, n_experts, lane, p);
-        choice mine = best_of_lane(p, n_experts, lane);
-        float sum = 0.0f;
-        for (int k = 0; k < top_k; k++) {
-            choice best = mine;
-            for (int step = 16; step > 0; step /= 2) {
-                const choice other = {__shfl_xor_sync(0xffffffffu, best.p, step),
-                                      __shfl_xor_sync(0xffffffffu, best.expert, step)};
-                best = better(best, other);
-            }
-            __syncwarp();
-            if (best.p < 0.0f) {
-                best.expert = lowest_free(chosen, k);
-                best.p = p[best.expert];
-            }
-            __syncwarp();
-            if (lane == best.expert % 32) {
-                chosen[k] = best.expert;
-                chosen_p[k] = best.p;
-                p[best.expert] = -1.0f;
-                mine = best_of_lane(p, n_experts, lane);
-            }
-            sum += best.p;
-        }
-        __syncwarp();
-        for (int k = lane; k < top_k; k += 32) {
-            int rank = 0;
-            for (int j = 0; j < top_k; j++)
-                rank += chosen[j] < chosen[k];
-            args.ids[row * top_k + rank] = chosen[k];
-            args.weights[row * top_k + rank] = args.renormalize ? __fdiv_rn(chosen_p[k], sum) : chosen_p[k];
-        }
-        __syncwarp();
-    }
-}
 
 /* ---- gather: one warp a few rows, whose loads are all under way before the first store ---- */
 
@@ -218,18 +122,6 @@ static bool aligned(const void *pointer)
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-static cudaError_t route(cudaStream_t stream, const lr_router_args &args)
-{
-    const int64_t n_blocks = (args.n_rows + WARPS - 1) / WARPS;
-    const int n_bytes = static_cast<int>(WARPS * (args.n_experts + 2 * args.top_k) * 4);
-    const cudaError_t error =
-        cudaFuncSetAttribute(router_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes);
-    if (error != cudaSuccess)
-        return error;
-    router_kernel<<<static_cast<unsigned>(n_blocks < 8192 ? n_blocks : 8192), WARPS * 32, n_bytes, stream>>>(args);
-    return cudaGetLastError();
-}
-
 static cudaError_t combine(cudaStream_t stream, const lr_moe_combine_args &args)
 {
     const bool wide = args.d % 8 == 0 && aligned(args.x) && aligned(args.y) && aligned(args.shared);
@@ -242,12 +134,6 @@ static cudaError_t combine(cudaStream_t stream, const lr_moe_combine_args &args)
 }
 
 } // namespace lr
-
-void lr_cuda_router(const struct lr_exec *exec, const struct lr_router_args *args)
-{
-    if (args->n_rows > 0)
-        lr_cuda_note(exec, lr::route(static_cast<cudaStream_t>(exec->stream), *args), "router");
-}
 
 void lr_cuda_gather_rows(const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows,
                          int64_t n_rows, void *y)
