@@ -9,8 +9,10 @@
  * the results are gathered. */
 #include "worker/session_impl.h"
 
-/* A dispatch round is cut so that the rows a worker may receive at the worst stay below this. */
+/* A dispatch round is cut so that the rows a worker may receive at the worst stay below this. A device has memory to
+ * spare, and every round costs it a wait for the counts. */
 #define ROUND_BUDGET_BYTES ((int64_t)512 << 20)
+#define DEVICE_ROUND_BUDGET_BYTES ((int64_t)6 << 30)
 
 struct routing {
     int32_t *ids;     /* [n, k] ascending */
@@ -20,11 +22,13 @@ struct routing {
     int64_t *row_of;  /* [n, k] sorted row of each (token, choice) */
 };
 
-/* Tokens per dispatch round: a function of the model and of the number of workers only. */
-static int64_t round_rows(const struct lr_model_dims *dims, int n_workers, int64_t n_rows)
+/* Tokens per dispatch round: a function of the model, the backend and the number of workers. The bytes of the results
+ * do not depend on it. */
+static int64_t round_rows(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int n_workers, int64_t n_rows)
 {
-    int64_t row_bytes = dims->top_k * (dims->d * 2 + dims->expert_ffn) * (int64_t)sizeof(float);
-    int64_t rows = ROUND_BUDGET_BYTES / lr_max_i64(1, row_bytes * n_workers);
+    int64_t row_bytes = dims->top_k * (dims->d * 2 + dims->expert_ffn) * (int64_t)lr_act_bytes(ops);
+    int64_t budget = ops->host_memory ? ROUND_BUDGET_BYTES : DEVICE_ROUND_BUDGET_BYTES;
+    int64_t rows = budget / lr_max_i64(1, row_bytes * n_workers);
     return lr_min_i64(n_rows, lr_max_i64(rows, 64));
 }
 
@@ -340,7 +344,7 @@ enum lr_status lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer
         return local_experts(step, layer);
     /* Every worker takes part in as many rounds as worker 0, which has the most tokens, needs. */
     int64_t most = lr_wave_length(step->wave, 0);
-    int64_t per_round = round_rows(dims, engine->comm->size, session->options.segment_tokens);
+    int64_t per_round = round_rows(dims, engine->ops, engine->comm->size, session->options.segment_tokens);
     for (int64_t first = 0; first < most; first += per_round) {
         struct lr_step_mark mark = lr_step_mark(session);
         int64_t begin = lr_min_i64(first, step->n_rows);
@@ -396,7 +400,7 @@ struct lr_step_bytes lr_ffn_bytes(
     int64_t d = dims->d, k = dims->top_k, experts = dims->n_experts, n = n_rows;
     struct lr_step_bytes bytes = {0};
     if (experts > 0 && !replicated)
-        n = round_rows(dims, n_workers, n_rows);
+        n = round_rows(dims, ops, n_workers, n_rows);
     if (dims->dense_ffn > 0)
         bytes.tensors = lr_tensor_bytes(n_rows * dims->dense_ffn, act) + lr_tensor_bytes(n_rows * d, act);
     if (experts == 0)
