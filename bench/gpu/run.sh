@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Builds, checks and races the CUDA backend on this machine in one call; one results file with GPU, driver and commit.
+# usage: bench/gpu/run.sh [--build DIR] [--steps tests,sanitizer,bench] [RESULTS_FILE]
+#   --build DIR   takes DIR/tests/cuda/test_* and DIR/bin/*_bench as they are (a build of the preset cuda-release);
+#                 without it everything is compiled here into build/gpu by nvcc and gcc alone, all files at once
+# Exits 1 where a test failed or the sanitizer found something. A program has 60 seconds, 120 under the sanitizer.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+
+build='' steps=tests,sanitizer,bench results=''
+while [ $# -gt 0 ]; do
+    case $1 in
+    --build) build=$2; shift 2 ;;
+    --steps) steps=$2; shift 2 ;;
+    -*) sed -n '2,6p' "$0" >&2; exit 2 ;;
+    *) results=$1; shift ;;
+    esac
+done
+commit=${LR_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+gpu=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | head -1)
+[ -n "$gpu" ] || { echo "no GPU here" >&2; exit 77; }
+results=${results:-bench/results/gpu-$(echo "${gpu%%,*}" | tr ' ' '-')-$commit.txt}
+mkdir -p "$(dirname "$results")"
+PATH=$PATH:/usr/local/cuda/bin
+
+# A program that does not build is reported; the others go on.
+compile()
+{
+    build=build/gpu
+    local objects=$build/objects c=(-std=gnu17 -D_GNU_SOURCE -O2 -I. -ffp-contract=off -fno-math-errno)
+    local cuda=(-std=c++17 -O3 -gencode "arch=compute_90a,code=sm_90a" -lineinfo -I.)
+    local link=("$objects/liblr.a" -lcublasLt -lm)
+    mkdir -p "$objects" $build/tests/cuda $build/bin
+    rm -f "$objects"/*
+    local file name
+    for file in kernels/cuda/*.cu; do
+        nvcc "${cuda[@]}" -c "$file" -o "$objects/$(basename "$file").o" &
+    done
+    for file in base/status.c kernels/ref_*.c kernels/cpu/rope.c kernels/cuda/table.c; do
+        gcc "${c[@]}" -c "$file" -o "$objects/$(basename "$file").o" &
+    done
+    wait
+    ar rcs "$objects/liblr.a" "$objects"/*.o
+    for file in tests/kernels/cuda/test_*.c; do
+        name=$(basename "$file" .c)
+        { gcc "${c[@]}" -c "$file" -o "$objects/$name.o" &&
+            nvcc "${cuda[@]}" "$objects/$name.o" -o "$build/tests/cuda/$name" "${link[@]}"; } &
+    done
+    for file in tests/kernels/cuda/test_*.cu; do
+        [ -f "$file" ] && nvcc "${cuda[@]}" "$file" -o "$build/tests/cuda/$(basename "$file" .cu)" "${link[@]}" &
+    done
+    for file in bench/gpu/*_bench.cu; do
+        nvcc "${cuda[@]}" "$file" -o "$build/bin/$(basename "$file" .cu)" "${link[@]}" &
+    done
+    wait
+}
+
+# run SECONDS TITLE COMMAND...: the command's output, and a word where it failed
+run()
+{
+    local seconds=$1 title=$2
+    shift 2
+    echo "== $title"
+    timeout "$seconds" "$@" 2>&1
+    local status=$?
+    [ $status -eq 0 ] || [ $status -eq 77 ] || echo "FAILED ($status): $title"
+}
+
+everything()
+{
+    echo "GPU $gpu; commit $commit; $(nvcc --version 2>/dev/null | tail -1); $(date -u +%Y-%m-%d)"
+    local program tool
+    if [[ $steps == *tests* ]]; then
+        for program in "$build"/tests/cuda/test_*; do
+            run 60 "$(basename "$program")" "$program"
+        done
+    fi
+    if [[ $steps == *sanitizer* ]]; then
+        for program in "$build"/tests/cuda/test_*; do
+            for tool in memcheck racecheck; do
+                run 120 "$tool of $(basename "$program")" compute-sanitizer --tool $tool --error-exitcode 1 "$program" |
+                    grep -v '^ok'
+            done
+        done
+    fi
+    if [[ $steps == *bench* ]]; then
+        for program in "$build"/bin/*_bench; do
+            run 60 "$(basename "$program")" "$program"
+        done
+        for program in bench/gpu/*_peers.py; do
+            [ -f "$program" ] && run 300 "$(basename "$program")" python3 "$program"
+        done
+    fi
+}
+
+[ -n "$build" ] || compile
+everything 2>&1 | tee "$results"
+n_failed=$(grep -c '^FAILED' "$results")
+echo "$n_failed programs failed" | tee -a "$results"
+[ "$n_failed" -eq 0 ]
