@@ -27,7 +27,8 @@ struct work_parts {
 
 static int64_t slots(struct lr_delta_shape shape, int64_t n_rows, int64_t n_sequences)
 {
-    return n_rows / lr_recurrence_sub_tokens(shape) + n_sequences;
+    const int64_t sub = lr_recurrence_sub_tokens(shape);
+    return n_sequences == 1 ? (n_rows + sub - 1) / sub : n_rows / sub + n_sequences;
 }
 
 static size_t padded(int64_t n_bytes)

@@ -1,115 +1,178 @@
 /* T = (I + L)^-1 diag(beta) of every chunk of 64 tokens, L[t, s] = beta_t exp(G_t - G_s) (k_t . k_s) for s < t, else 0.
  * With it U = T (V - exp(G) K S) solves the chunk's 64 coupled delta updates at once (the WY form of Yang et al. 2024).
  *
- *   K [64, dk] --mma--> the lower blocks of K K^T --decay, beta--> L in shared memory (float32)
- *   column j of the inverse is thread j's: x_t = [t = j] - sum over s < t of L[t, s] x_s, in registers
+ * Blocks of 16 x 16; X is the inverse, D_i its diagonal blocks. One warp makes a chunk's, many share a multiprocessor:
  *
- * The products are exact bf16 products summed in float32 and the substitution is float32: T is rounded once, at the end.
- * Two warps a chunk and head; many chunks share a multiprocessor. */
+ *   L_00                       K K^T by mma, ten blocks, bf16 products summed in float32
+ *   L_10 L_11                  D_i by substitution, a lane a column, float32
+ *   L_20 L_21 L_22             X_ij = -D_i (sum over k of L_ik X_kj), j <= k < i, by mma
+ *   L_30 L_31 L_32 L_33
+ *
+ * The last step works on X^T: then every operand is, as it lies in registers, what the next product wants. Its operands
+ * are rounded to fp16: with keys of length one and beta up to 2 no entry of X is above 2, so they lose 2^-11, an eighth
+ * of what T loses when it is rounded to bf16 at the end. */
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/recurrence_grid.cuh"
 #include "kernels/cuda/recurrence_launch.h"
+#include <cuda_fp16.h>
 
 namespace lr
 {
 
-constexpr int INVERSE_THREADS = 64;
-constexpr int PITCH = CHUNK + 4; /* of L: rows 16-byte aligned, fragments without bank conflicts */
+constexpr int N_BLOCKS = CHUNK / 16;
+constexpr int LOWER_BLOCKS = N_BLOCKS * (N_BLOCKS + 1) / 2;
+constexpr int DIAGONAL_PITCH = 20; /* floats of a row of a diagonal block: 16-byte aligned */
+constexpr int INVERSE_PITCH = 24;  /* halves of a row of its inverse: ldmatrix without bank conflicts */
+constexpr int CHUNKS_A_MULTIPROCESSOR = 11;
 
-/* Four 8x8 blocks of bf16: of a 16 x 16 block, (0-7, 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15). */
-static __device__ __forceinline__ void load_fragment(uint32_t (&r)[4], uint32_t shared)
+/* Block (i, j), j <= i, in an array of the lower blocks. */
+static constexpr __host__ __device__ int lower(int i, int j)
 {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared)
-                 : "memory");
+    return i * (i + 1) / 2 + j;
 }
 
-static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+/* A 16 x 16 block as four 8x8 ones, (0-7, 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15): the left operand of mma, or,
+ * read as [n][k], the right one. */
+struct block_fragment {
+    uint32_t r[4];
+};
+
+/* Its sums: two 16 x 8 halves. */
+struct block_sums {
+    float d[2][4];
+};
+
+static __device__ __forceinline__ struct block_fragment load_fragment(uint32_t shared)
+{
+    struct block_fragment f;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
+                 : "r"(shared)
+                 : "memory");
+    return f;
+}
+
+static __device__ __forceinline__ void multiply_bf16(float (&d)[4], const struct block_fragment &a, uint32_t b0,
+                                                     uint32_t b1)
 {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+                 : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
 }
 
-/* The rows of 16 of K K^T that a warp makes are chosen so that both make five blocks of 16 x 16: rows SHORT_ROW up to
- * its diagonal block, and 3 - SHORT_ROW up to its own. d holds them one after the other. */
-template <int DK, int SHORT_ROW>
-static __device__ __forceinline__ void lower_products(float (&d)[5][2][4], uint32_t k_tile, int lane)
+static __device__ __forceinline__ void multiply_f16(float (&d)[4], const struct block_fragment &a, uint32_t b0,
+                                                    uint32_t b1)
 {
-    constexpr int LONG_ROW = 3 - SHORT_ROW;
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
+}
+
+/* sums += A B^T, with B as [n][k]. */
+static __device__ __forceinline__ void add_product(struct block_sums &s, const struct block_fragment &a,
+                                                   const struct block_fragment &b)
+{
+    multiply_f16(s.d[0], a, b.r[0], b.r[2]);
+    multiply_f16(s.d[1], a, b.r[1], b.r[3]);
+}
+
+static __device__ __forceinline__ uint32_t pack_f16(float low, float high)
+{
+    uint32_t packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+static __device__ __forceinline__ struct block_fragment rounded(const struct block_sums &s, float sign)
+{
+    struct block_fragment f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        f.r[i] = pack_f16(sign * s.d[i / 2][2 * (i % 2)], sign * s.d[i / 2][2 * (i % 2) + 1]);
+    }
+    return f;
+}
+
+/* The lower blocks of K K^T. K as swizzled blocks of 64 columns. */
+template <int DK>
+static __device__ __forceinline__ void lower_products(struct block_sums (&l)[LOWER_BLOCKS], uint32_t k_tile, int lane)
+{
 #pragma unroll
     for (int kk = 0; kk < DK / 16; kk++) {
-        uint32_t rows[LONG_ROW + 1][4];
-        const uint32_t block = k_tile + kk / 4 * CHUNK * 128;
+        struct block_fragment rows[N_BLOCKS];
 #pragma unroll
-        for (int i = 0; i <= LONG_ROW; i++) {
-            load_fragment(rows[i], block + swizzled(16 * i + lane % 16, 2 * (kk % 4) + lane / 16));
+        for (int i = 0; i < N_BLOCKS; i++) {
+            rows[i] = load_fragment(k_tile + kk / 4 * CHUNK * 128 +
+                                    swizzled(16 * i + lane % 16, 2 * (kk % 4) + lane / 16));
         }
 #pragma unroll
-        for (int i = 0; i < 5; i++) {
-            const int row = i <= SHORT_ROW ? SHORT_ROW : LONG_ROW;
-            const int column = i <= SHORT_ROW ? i : i - SHORT_ROW - 1;
-            multiply(d[i][0], rows[row], rows[column][0], rows[column][2]);
-            multiply(d[i][1], rows[row], rows[column][1], rows[column][3]);
+        for (int i = 0; i < N_BLOCKS; i++) {
+#pragma unroll
+            for (int j = 0; j <= i; j++) {
+                multiply_bf16(l[lower(i, j)].d[0], rows[i], rows[j].r[0], rows[j].r[2]);
+                multiply_bf16(l[lower(i, j)].d[1], rows[i], rows[j].r[1], rows[j].r[3]);
+            }
         }
     }
 }
 
-/* Those blocks into L, decayed and scaled; what lies on or over the diagonal of a diagonal block as zero. */
-template <int SHORT_ROW>
-static __device__ __forceinline__ void store_lower(float *l, const float (&d)[5][2][4], const float *sum,
+/* Block (i, j) of K K^T to L; zero on and over the diagonal. */
+static __device__ __forceinline__ void decay_block(struct block_sums &s, int i, int j, const float *sum,
                                                    const float *beta, int lane)
 {
 #pragma unroll
-    for (int i = 0; i < 5; i++) {
-        const int row = i <= SHORT_ROW ? SHORT_ROW : 3 - SHORT_ROW;
-        const int column = i <= SHORT_ROW ? i : i - SHORT_ROW - 1;
+    for (int half = 0; half < 2; half++) {
+        const int column = 8 * half + 2 * (lane % 4);
+        const float2 sum_s = *reinterpret_cast<const float2 *>(&sum[16 * j + column]);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int s = 16 * column + 8 * half + 2 * (lane % 4);
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const int t = 16 * row + 8 * j + lane / 4;
-                float2 x;
-                x.x = s < t ? d[i][half][2 * j] * exp2_fast(sum[t] - sum[s]) * beta[t] : 0.0f;
-                x.y = s + 1 < t ? d[i][half][2 * j + 1] * exp2_fast(sum[t] - sum[s + 1]) * beta[t] : 0.0f;
-                *reinterpret_cast<float2 *>(l + t * PITCH + s) = x;
-            }
+        for (int r = 0; r < 2; r++) {
+            const int row = 8 * r + lane / 4;
+            const float sum_t = sum[16 * i + row];
+            const float beta_t = beta[16 * i + row];
+            float *d = &s.d[half][2 * r];
+            d[0] = i > j || column < row ? d[0] * (exp2_fast(sum_t - sum_s.x) * beta_t) : 0.0f;
+            d[1] = i > j || column + 1 < row ? d[1] * (exp2_fast(sum_t - sum_s.y) * beta_t) : 0.0f;
         }
     }
 }
 
-/* Column j of (I + L)^-1 from row FIRST on, where FIRST <= j. */
-template <int FIRST> static __device__ __forceinline__ void substitute(float (&x)[CHUNK], const float *l, int j)
+/* The inverses of the diagonal blocks I + L_ii from shared memory, to shared memory in fp16: lane l has column l % 16 of
+ * blocks l / 16 and 2 + l / 16. */
+static __device__ __forceinline__ void substitute(__half *inverses, const float *diagonal, int lane)
 {
+    const int column = lane % 16;
 #pragma unroll
-    for (int t = 0; t < FIRST; t++) {
-        x[t] = 0.0f;
-    }
+    for (int pair = 0; pair < 2; pair++) {
+        const int block = 2 * pair + lane / 16;
+        const float *l = diagonal + block * 16 * DIAGONAL_PITCH;
+        __half *to = inverses + block * 16 * INVERSE_PITCH + column;
+        float x[16];
 #pragma unroll
-    for (int t = FIRST; t < CHUNK; t++) {
-        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int t = 0; t < 16; t++) {
+            float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-        for (int s = FIRST; s < t; s += 4) {
-            const float4 row = *reinterpret_cast<const float4 *>(l + t * PITCH + s);
-            sum[0] += row.x * x[s];
-            if (s + 1 < t) {
-                sum[1] += row.y * x[s + 1];
+            for (int s = 0; s < t; s += 4) {
+                const float4 row = *reinterpret_cast<const float4 *>(l + t * DIAGONAL_PITCH + s);
+                sum[0] = fmaf(row.x, x[s], sum[0]);
+                if (s + 1 < t) {
+                    sum[1] = fmaf(row.y, x[s + 1], sum[1]);
+                }
+                if (s + 2 < t) {
+                    sum[0] = fmaf(row.z, x[s + 2], sum[0]);
+                }
+                if (s + 3 < t) {
+                    sum[1] = fmaf(row.w, x[s + 3], sum[1]);
+                }
             }
-            if (s + 2 < t) {
-                sum[2] += row.z * x[s + 2];
-            }
-            if (s + 3 < t) {
-                sum[3] += row.w * x[s + 3];
-            }
+            x[t] = (t == column ? 1.0f : 0.0f) - (sum[0] + sum[1]);
+            to[t * INVERSE_PITCH] = __float2half_rn(x[t]);
         }
-        x[t] = (t == j ? 1.0f : 0.0f) - ((sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
 }
 
-/* One warp: the inclusive sums of log2 decays of the 64 tokens from row on. */
+/* The inclusive sums of log2 decays of the 64 tokens from row on. */
 static __device__ __forceinline__ void sum_log_decays(float *sums, const recurrence_params &p, int64_t row, int64_t end,
                                                       int head, int lane)
 {
@@ -128,15 +191,62 @@ static __device__ __forceinline__ void sum_log_decays(float *sums, const recurre
     sums[2 * lane + 1] = sum;
 }
 
-/* Grid (heads, chunks from first_chunk on). */
-template <int DK>
-static __global__ void __launch_bounds__(INVERSE_THREADS) inverse_kernel(const recurrence_params p, int64_t first_chunk)
+/* X^T below the diagonal from L and D; x comes with D_i^T in its diagonal blocks. */
+static __device__ __forceinline__ void solve_below(struct block_fragment (&x)[LOWER_BLOCKS],
+                                                   const struct block_sums (&l)[LOWER_BLOCKS],
+                                                   const struct block_fragment (&d)[N_BLOCKS])
 {
-    __shared__ __align__(1024) uint8_t tile[CHUNK * PITCH * sizeof(float)]; /* K, then L, then T */
-    __shared__ float sum[CHUNK];
+#pragma unroll
+    for (int i = 1; i < N_BLOCKS; i++) {
+        struct block_sums y[N_BLOCKS - 1] = {};
+#pragma unroll
+        for (int k = 0; k < i; k++) {
+            const struct block_fragment l_ik = rounded(l[lower(i, k)], 1.0f);
+#pragma unroll
+            for (int j = 0; j <= k; j++) {
+                add_product(y[j], x[lower(k, j)], l_ik);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < i; j++) {
+            struct block_sums sums = {};
+            add_product(sums, rounded(y[j], -1.0f), d[i]);
+            x[lower(i, j)] = rounded(sums, 1.0f);
+        }
+    }
+}
+
+/* T [t][s] into a swizzled block from X^T [s][t], in bf16. */
+static __device__ __forceinline__ void store_blocks(uint32_t t_tile, const struct block_fragment (&x)[LOWER_BLOCKS],
+                                                    const float *beta, int lane)
+{
+#pragma unroll
+    for (int j = 0; j < N_BLOCKS; j++) {
+        const float beta_s[2] = {beta[16 * j + lane / 4], beta[16 * j + 8 + lane / 4]};
+#pragma unroll
+        for (int i = j; i < N_BLOCKS; i++) {
+            uint32_t r[4];
+#pragma unroll
+            for (int h = 0; h < 4; h++) {
+                const float2 values = __half22float2(*reinterpret_cast<const __half2 *>(&x[lower(i, j)].r[h]));
+                r[h] = pack_bf16(values.x * beta_s[h % 2], values.y * beta_s[h % 2]);
+            }
+            store_transposed(t_tile + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * j + lane / 8 % 2), r);
+        }
+    }
+}
+
+/* Grid (heads, chunks from first_chunk on), a warp each. */
+template <int DK>
+static __global__ void __launch_bounds__(32, CHUNKS_A_MULTIPROCESSOR)
+    inverse_kernel(const recurrence_params p, int64_t first_chunk)
+{
+    /* K; then L_ii and D_i; then T */
+    __shared__ __align__(1024) uint8_t tile[DK / 64 * CHUNK * 128];
+    __shared__ __align__(16) float sum[CHUNK];
     __shared__ float beta[CHUNK];
-    const int thread = threadIdx.x;
-    const int lane = thread % 32;
+    static_assert(N_BLOCKS * 16 * (DIAGONAL_PITCH * 4 + INVERSE_PITCH * 2) <= sizeof tile, "the diagonal blocks fit");
+    const int lane = threadIdx.x;
     const int head = blockIdx.x;
     const int chunks_per_sub = p.sub_tokens / CHUNK;
     const int64_t chunk = first_chunk + blockIdx.y;
@@ -146,78 +256,84 @@ static __global__ void __launch_bounds__(INVERSE_THREADS) inverse_kernel(const r
         return;
     }
 
-    const uint32_t k_tile = shared_address(tile);
-    const __nv_bfloat16 *k = p.k + head / p.heads_per_k_head * DK + thread % 8 * 8;
+    const uint32_t shared = shared_address(tile);
+    const int n_rows = span.end - row < CHUNK ? static_cast<int>(span.end - row) : CHUNK;
+    const __nv_bfloat16 *k = p.k + row * p.k_stride + head / p.heads_per_k_head * DK + lane % 8 * 8;
 #pragma unroll
-    for (int block = 0; block < DK / 64; block++) {
+    for (int i = 0; i < CHUNK / 4; i++) {
+        const int token = lane / 8 + 4 * i;
+        const bool valid = token < n_rows;
+        const __nv_bfloat16 *from = valid ? k + token * p.k_stride : p.k;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int token = thread / 8 + 8 * i;
-            const bool valid = row + token < span.end;
-            copy_async(k_tile + block * CHUNK * 128 + swizzled(token, thread % 8),
-                       valid ? k + (row + token) * p.k_stride + block * 64 : k, valid);
+        for (int block = 0; block < DK / 64; block++) {
+            copy_async(shared + block * CHUNK * 128 + swizzled(token, lane % 8), from + block * 64, valid);
         }
     }
     copy_commit();
-    if (thread < 32) {
-        sum_log_decays(sum, p, row, span.end, head, lane);
-    } else {
+    sum_log_decays(sum, p, row, span.end, head, lane);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int64_t token = row + lane + 32 * i;
-            beta[lane + 32 * i] = token < span.end ? p.beta[token * p.n_v_heads + head] : 0.0f;
-        }
+    for (int i = 0; i < 2; i++) {
+        const int64_t token = row + lane + 32 * i;
+        beta[lane + 32 * i] = token < span.end ? p.beta[token * p.n_v_heads + head] : 0.0f;
     }
     copy_wait<0>();
-    __syncthreads();
+    __syncwarp();
 
-    float *l = reinterpret_cast<float *>(tile);
-    float d[5][2][4] = {};
-    if (thread < 32) {
-        lower_products<DK, 0>(d, k_tile, lane);
-    } else {
-        lower_products<DK, 1>(d, k_tile, lane);
-    }
-    __syncthreads();
-    if (thread < 32) {
-        store_lower<0>(l, d, sum, beta, lane);
-    } else {
-        store_lower<1>(l, d, sum, beta, lane);
-    }
-    __syncthreads();
-    float x[CHUNK];
-    if (thread < 32) {
-        substitute<0>(x, l, thread);
-    } else {
-        substitute<32>(x, l, thread);
-    }
-    __syncthreads();
-    __nv_bfloat16 *t_tile = reinterpret_cast<__nv_bfloat16 *>(tile);
+    struct block_sums l[LOWER_BLOCKS] = {};
+    lower_products<DK>(l, shared, lane);
+    __syncwarp();
+    float *diagonal = reinterpret_cast<float *>(tile);
+    __half *inverses = reinterpret_cast<__half *>(diagonal + N_BLOCKS * 16 * DIAGONAL_PITCH);
 #pragma unroll
-    for (int t = 0; t < CHUNK; t++) {
-        t_tile[t * CHUNK + thread] = __float2bfloat16_rn(x[t] * beta[thread]);
+    for (int i = 0; i < N_BLOCKS; i++) {
+#pragma unroll
+        for (int j = 0; j <= i; j++) {
+            decay_block(l[lower(i, j)], i, j, sum, beta, lane);
+        }
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const float *d = &l[lower(i, i)].d[r / 2][r % 2 * 2];
+            *reinterpret_cast<float2 *>(diagonal + (16 * i + r % 2 * 8 + lane / 4) * DIAGONAL_PITCH + r / 2 * 8 +
+                                        lane % 4 * 2) = make_float2(d[0], d[1]);
+        }
     }
-    __syncthreads();
+    __syncwarp();
+    substitute(inverses, diagonal, lane);
+    __syncwarp();
+
+    struct block_fragment x[LOWER_BLOCKS];
+    struct block_fragment d[N_BLOCKS];
+#pragma unroll
+    for (int i = 0; i < N_BLOCKS; i++) {
+        const uint32_t block = shared_address(inverses + i * 16 * INVERSE_PITCH);
+        d[i] = load_fragment(block + (lane % 16) * INVERSE_PITCH * 2 + lane / 16 * 16);
+        load_transposed(x[lower(i, i)].r,
+                        block + (lane / 16 * 8 + lane % 8) * INVERSE_PITCH * 2 + lane / 8 % 2 * 16);
+    }
+    __syncwarp();
+    solve_below(x, l, d);
+    store_blocks(shared, x, beta, lane);
+    __syncwarp();
+
     /* Sectors of 32 bytes up to the diagonal: the passes read no others. */
-    uint4 *to = reinterpret_cast<uint4 *>(p.inverses + (chunk * p.n_v_heads + head) * CHUNK * CHUNK);
-    const uint4 *from = reinterpret_cast<const uint4 *>(tile);
+    uint4 *to = reinterpret_cast<uint4 *>(p.inverses + (chunk * p.n_v_heads + head) * CHUNK * CHUNK) + lane;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        if (thread % 8 / 2 <= (thread / 8 + 8 * i) / 16) {
-            to[thread + 64 * i] = from[thread + 64 * i];
+    for (int i = 0; i < CHUNK / 4; i++) {
+        const int t = lane / 8 + 4 * i;
+        if (lane % 8 / 2 <= i / 4) {
+            to[32 * i] = *reinterpret_cast<const uint4 *>(tile + swizzled(t, lane % 8));
         }
     }
 }
 
 cudaError_t launch_recurrence_inverse(cudaStream_t stream, const recurrence_params &p)
 {
-    /* A launch takes 65535 chunks in y. */
-    constexpr int64_t MOST = 65535;
+    constexpr int64_t MOST = 65535; /* chunks of a launch */
     const int64_t n_chunks = p.n_slots * (p.sub_tokens / CHUNK);
     const auto kernel = p.dk == 128 ? inverse_kernel<128> : inverse_kernel<64>;
     for (int64_t first = 0; first < n_chunks; first += MOST) {
         const int64_t n = n_chunks - first < MOST ? n_chunks - first : MOST;
-        kernel<<<dim3(p.n_v_heads, static_cast<unsigned>(n)), INVERSE_THREADS, 0, stream>>>(p, first);
+        kernel<<<dim3(p.n_v_heads, static_cast<unsigned>(n)), 32, 0, stream>>>(p, first);
     }
     return cudaGetLastError();
 }

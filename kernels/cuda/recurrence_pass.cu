@@ -86,6 +86,12 @@ static __device__ __forceinline__ void load_block(uint32_t block, const __nv_bfl
     }
 }
 
+/* Counts as this thread's arrival once all copies that it has issued are done. */
+static __device__ __forceinline__ void arrive_after_copies(uint64_t *barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 /* T is lower triangular: of its rows only the 32-byte sectors up to the diagonal move; the rest of a stage's block is
  * zeroed once, before the first. 128 threads. */
 static __device__ __forceinline__ bool holds_inverse(int row, int piece)
@@ -222,8 +228,8 @@ static __device__ __forceinline__ void produce(const recurrence_params &p, const
                 load_inverse(stage + layout::T_OFFSET,
                              inverses + static_cast<int64_t>(chunk) * p.n_v_heads * CHUNK * CHUNK, thread);
             }
+            arrive_after_copies(&sync->full[chunk % N_STAGES]);
         }
-        copy_commit();
     };
 
     float next[2] = {0.0f, 0.0f};
@@ -247,16 +253,15 @@ static __device__ __forceinline__ void produce(const recurrence_params &p, const
     }
     for (int i = 0; i < n_chunks; i++) {
         const int s = i % N_STAGES;
-        copy_wait<N_STAGES - 2>();
         if (thread < 32) {
             total += sum_decays(&sync->decays[s], next[0], next[1], OUTPUT && !DELTA ? p.scale : 1.0f, lane);
+            barrier_arrive(&sync->full[s]);
             fetch_decays(i + 1);
         }
-        fence_to_wgmma();
-        barrier_arrive(&sync->full[s]);
         if (OUTPUT) {
-            named_barrier(1, 128);
             const uint32_t stage = shared_address(stages + s * layout::STAGE_BYTES);
+            barrier_wait(&sync->full[s], i / N_STAGES % 2);
+            fence_to_wgmma();
             make_scores<layout::K_BLOCKS>(scores + i % 2 * BLOCK_BYTES, stage + layout::Q_OFFSET, stage,
                                           sync->decays[s].sum, p.scale, thread);
             fence_to_wgmma();
@@ -267,7 +272,6 @@ static __device__ __forceinline__ void produce(const recurrence_params &p, const
         }
         issue(i + N_STAGES - 1);
     }
-    copy_wait<0>();
     if (!DELTA && !OUTPUT && first_block == 0 && thread == 0) {
         p.m[slot * p.n_v_heads + head] = total;
     }
@@ -337,6 +341,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p, const
         const uint64_t k_rows = tile_descriptor(stage, 0);
         const uint64_t k_columns = tile_descriptor(stage, BLOCK_BYTES);
         barrier_wait(&sync->full[s], i / N_STAGES % 2);
+        fence_to_wgmma();
 
         float out[OUTPUT ? 32 : 1];
         float x[DELTA ? 32 : 1];
@@ -529,7 +534,7 @@ static __global__ void __launch_bounds__(128 * (1 + ROW_BLOCKS), budget<ROW_BLOC
     }
     if (threadIdx.x == 0) {
         for (int i = 0; i < N_STAGES; i++) {
-            barrier_init(&sync.full[i], 128);
+            barrier_init(&sync.full[i], 128 + 32); /* the loads of 128 threads, the decays of a warp */
             barrier_init(&sync.empty[i], 128 * ROW_BLOCKS);
         }
         barrier_init(&sync.scores_full[0], 128);

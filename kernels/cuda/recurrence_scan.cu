@@ -3,10 +3,14 @@
  *   scan   from s_in: the state that enters each slot, and the one that leaves the last
  *   fold   from nothing and from the identity at once: the (M, B) of the whole sequence
  *
- * The columns of S do not meet, so a block takes 8 of them through all slots:
+ * The columns of S do not meet, so a block takes 16 of them through all slots:
  *
- *   St [8, dk] in shared memory     M, 32 of its columns at a time, through a ring of 4 tiles that runs ahead
- *   thread: 2 rows of S, some of the 8 columns;  St'[c, i] = Bt[c, i] + sum over k of St[c, k] Mt[k, i], k ascending
+ *   St [16, dk] in shared memory     M, 32 of its columns at a time, through a ring of tiles that runs ahead
+ *   warp: 16 rows of S;  St'[c, i] = Bt[c, i] + sum over k of St[c, k] Mt[k, i], k ascending
+ *
+ * The products run on the tensor cores, each float as two tf32 numbers, x = high + low: high high + (high low + low
+ * high) loses 2^-22 of a product, a float32's rounding is 2^-24. (One tf32 product loses 2^-11, which a chain of a
+ * thousand slots turns into percents.)
  *
  * A fold is the same scan over more columns: those behind dv start as the identity's and have no B. */
 #include "kernels/cuda/hopper.cuh"
@@ -16,9 +20,9 @@
 namespace lr
 {
 
-constexpr int SCAN_COLUMNS = 8;
+constexpr int SCAN_COLUMNS = 16;
 constexpr int TILE_K = 32;
-constexpr int SCAN_STAGES = 4;
+constexpr int SCAN_STAGES = 6;
 
 /* Where a column starts and ends: rows of S_in, S_out [dk, dv] or of the folded pair. */
 struct scan_ends {
@@ -50,23 +54,41 @@ static __device__ __forceinline__ void store_last(const scan_ends &e, const recu
     }
 }
 
-/* Grid (blocks of 8 columns, heads, sequences). */
-template <int DK, int GROUPS>
-static __global__ void __launch_bounds__(DK / 2 * GROUPS) scan_kernel(const recurrence_params p, const scan_ends ends)
+/* Two tf32 numbers whose sum is x to 2^-22. */
+static __device__ __forceinline__ void split(uint32_t &high, uint32_t &low, float x)
 {
-    constexpr int N_THREADS = DK / 2 * GROUPS;
-    constexpr int COLUMNS = SCAN_COLUMNS / GROUPS;
+    high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+    low = __float_as_uint(x - __uint_as_float(high));
+}
+
+/* d [16 x 8] += A [16 x 8] B [8 x 8]. */
+static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
+{
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* Grid (blocks of 16 columns, heads, sequences), a warp for every 16 rows. Lane l holds columns l / 4 and l / 4 + 8, rows
+ * 2 (l % 4) and the next one of each 8. */
+template <int DK>
+static __global__ void __launch_bounds__(2 * DK) scan_kernel(const recurrence_params p, const scan_ends ends)
+{
+    constexpr int N_THREADS = 2 * DK;
     constexpr int TILES = DK / TILE_K;
-    constexpr int TILE = TILE_K * DK;
+    constexpr int M_PITCH = DK + 8; /* with these neither operand's loads meet in a bank */
+    constexpr int S_PITCH = DK + 4;
+    constexpr int TILE = TILE_K * M_PITCH;
     extern __shared__ __align__(16) float ring[];
-    __shared__ __align__(16) float states[2][SCAN_COLUMNS][DK];
+    __shared__ __align__(16) float states[2][SCAN_COLUMNS * S_PITCH];
 
     const int thread = threadIdx.x;
-    const int group = thread / (DK / 2);
-    const int row = thread % (DK / 2) * 2;
+    const int lane = thread % 32;
+    const int first_row = thread / 32 * 16;
     const int head = blockIdx.y;
-    const int first_column = blockIdx.x * SCAN_COLUMNS + group * COLUMNS;
-    const bool has_b = first_column < p.dv;
+    const int column = blockIdx.x * SCAN_COLUMNS + lane / 4;
+    const bool has_b = column < p.dv;
     const int64_t sequence_head = static_cast<int64_t>(blockIdx.z) * p.n_v_heads + head;
     const struct slot_range slots = slots_of(p, blockIdx.z);
     const int64_t n_tiles = slots.n * TILES;
@@ -74,77 +96,108 @@ static __global__ void __launch_bounds__(DK / 2 * GROUPS) scan_kernel(const recu
     auto issue = [&](int64_t tile) {
         if (tile < n_tiles) {
             const int64_t slot_head = (slots.first + tile / TILES) * p.n_v_heads + head;
-            const float *from = p.m + slot_head * DK * DK + tile % TILES * TILE;
+            const float *from = p.m + slot_head * DK * DK + tile % TILES * TILE_K * DK;
             const uint32_t to = shared_address(ring + tile % SCAN_STAGES * TILE);
 #pragma unroll
-            for (int i = 0; i < TILE / 4 / N_THREADS; i++) {
+            for (int i = 0; i < TILE_K * DK / 4 / N_THREADS; i++) {
                 const int at = (thread + i * N_THREADS) * 4;
-                copy_async(to + at * 4, from + at, true);
+                copy_async(to + (at / DK * M_PITCH + at % DK) * 4, from + at, true);
             }
         }
         copy_commit();
     };
-    float2 next[COLUMNS];
+    /* Element r of half h: row first_row + 8 h + 2 (lane % 4) + r % 2, column + 8 (r / 2). */
+    const int64_t lane_offset = static_cast<int64_t>(column) * DK + first_row + 2 * (lane % 4);
+    float next[2][4];
     auto fetch_b = [&](int64_t j) {
-        const int64_t slot_head = (slots.first + j) * p.n_v_heads + head;
+        const float *b = p.b + ((slots.first + j) * p.n_v_heads + head) * p.dv * DK + lane_offset;
 #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            next[c] = has_b && j < slots.n ? *reinterpret_cast<const float2 *>(
-                                                 p.b + (slot_head * p.dv + first_column + c) * DK + row)
-                                           : make_float2(0.0f, 0.0f);
+        for (int h = 0; h < 2; h++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const float2 pair = has_b && j < slots.n ? *reinterpret_cast<const float2 *>(b + 8 * h + 8 * c * DK)
+                                                         : make_float2(0.0f, 0.0f);
+                next[h][2 * c] = pair.x;
+                next[h][2 * c + 1] = pair.y;
+            }
         }
     };
 
     for (int i = 0; i < SCAN_STAGES - 1; i++) {
         issue(i);
     }
-    float2 x[COLUMNS];
+    float x[2][4];
 #pragma unroll
-    for (int c = 0; c < COLUMNS; c++) {
-        x[c].x = first_value(ends, p, sequence_head, row, first_column + c);
-        x[c].y = first_value(ends, p, sequence_head, row + 1, first_column + c);
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const int row = first_row + 8 * h + 2 * (lane % 4) + r % 2;
+            x[h][r] = first_value(ends, p, sequence_head, row, column + 8 * (r / 2));
+        }
     }
     fetch_b(0);
     int64_t tile = 0;
     for (int64_t j = 0; j < slots.n; j++) {
-        float (*state)[DK] = states[j % 2];
-        const int64_t slot_head = (slots.first + j) * p.n_v_heads + head;
+        float *state = states[j % 2];
+        float *entering = p.entering + ((slots.first + j) * p.n_v_heads + head) * p.dv * DK + lane_offset;
+        float small[2][4] = {};
 #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            *reinterpret_cast<float2 *>(&state[group * COLUMNS + c][row]) = x[c];
-            if (!ends.fold) {
-                *reinterpret_cast<float2 *>(p.entering + (slot_head * p.dv + first_column + c) * DK + row) = x[c];
+        for (int h = 0; h < 2; h++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const float2 pair = make_float2(x[h][2 * c], x[h][2 * c + 1]);
+                *reinterpret_cast<float2 *>(state + (lane / 4 + 8 * c) * S_PITCH + first_row + 8 * h +
+                                            2 * (lane % 4)) = pair;
+                if (!ends.fold) {
+                    *reinterpret_cast<float2 *>(entering + 8 * h + 8 * c * DK) = pair;
+                }
+                x[h][2 * c] = next[h][2 * c];
+                x[h][2 * c + 1] = next[h][2 * c + 1];
             }
-            x[c] = next[c];
         }
         fetch_b(j + 1);
         for (int part = 0; part < TILES; part++, tile++) {
             copy_wait<SCAN_STAGES - 2>();
             __syncthreads();
             issue(tile + SCAN_STAGES - 1);
-            const float *m = ring + tile % SCAN_STAGES * TILE + row;
+            const float *m = ring + tile % SCAN_STAGES * TILE + lane % 4 * M_PITCH + first_row + lane / 4;
+            const float *s = state + lane / 4 * S_PITCH + part * TILE_K + lane % 4;
 #pragma unroll
-            for (int k = 0; k < TILE_K; k += 4) {
-                float2 m4[4];
+            for (int k = 0; k < TILE_K; k += 8) {
+                uint32_t a_high[4];
+                uint32_t a_low[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    m4[i] = *reinterpret_cast<const float2 *>(m + (k + i) * DK);
+                for (int r = 0; r < 4; r++) {
+                    split(a_high[r], a_low[r], s[r % 2 * 8 * S_PITCH + k + r / 2 * 4]);
                 }
 #pragma unroll
-                for (int c = 0; c < COLUMNS; c++) {
-                    const float4 s =
-                        *reinterpret_cast<const float4 *>(&state[group * COLUMNS + c][part * TILE_K + k]);
-                    x[c].x = fmaf(s.w, m4[3].x, fmaf(s.z, m4[2].x, fmaf(s.y, m4[1].x, fmaf(s.x, m4[0].x, x[c].x))));
-                    x[c].y = fmaf(s.w, m4[3].y, fmaf(s.z, m4[2].y, fmaf(s.y, m4[1].y, fmaf(s.x, m4[0].y, x[c].y))));
+                for (int h = 0; h < 2; h++) {
+                    uint32_t b_high[2];
+                    uint32_t b_low[2];
+                    split(b_high[0], b_low[0], m[k * M_PITCH + 8 * h]);
+                    split(b_high[1], b_low[1], m[(k + 4) * M_PITCH + 8 * h]);
+                    multiply(small[h], a_low, b_high);
+                    multiply(x[h], a_high, b_high);
+                    multiply(small[h], a_high, b_low);
                 }
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                x[h][r] += small[h][r];
             }
         }
     }
     copy_wait<0>();
 #pragma unroll
-    for (int c = 0; c < COLUMNS; c++) {
-        store_last(ends, p, sequence_head, row, first_column + c, x[c].x);
-        store_last(ends, p, sequence_head, row + 1, first_column + c, x[c].y);
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const int row = first_row + 8 * h + 2 * (lane % 4) + r % 2;
+            store_last(ends, p, sequence_head, row, column + 8 * (r / 2), x[h][r]);
+        }
     }
 }
 
@@ -226,18 +279,18 @@ static __global__ void __launch_bounds__(256) scan_decay_kernel(const recurrence
     }
 }
 
-template <int DK, int GROUPS>
+template <int DK>
 static cudaError_t launch_scan(cudaStream_t stream, const recurrence_params &p, const scan_ends &ends)
 {
-    constexpr int n_bytes = SCAN_STAGES * TILE_K * DK * static_cast<int>(sizeof(float));
-    const auto kernel = scan_kernel<DK, GROUPS>;
+    constexpr int n_bytes = SCAN_STAGES * TILE_K * (DK + 8) * static_cast<int>(sizeof(float));
+    const auto kernel = scan_kernel<DK>;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes);
     if (error != cudaSuccess) {
         return error;
     }
     const int n_columns = p.dv + (ends.fold ? p.dk : 0);
     const dim3 grid(n_columns / SCAN_COLUMNS, p.n_v_heads, static_cast<unsigned>(p.n_sequences));
-    kernel<<<grid, DK / 2 * GROUPS, n_bytes, stream>>>(p, ends);
+    kernel<<<grid, 2 * DK, n_bytes, stream>>>(p, ends);
     return cudaGetLastError();
 }
 
@@ -249,10 +302,10 @@ static cudaError_t launch(cudaStream_t stream, const recurrence_params &p, bool 
         return cudaGetLastError();
     }
     if (p.dk == 128 && p.dv % SCAN_COLUMNS == 0) {
-        return launch_scan<128, 2>(stream, p, ends);
+        return launch_scan<128>(stream, p, ends);
     }
     if (p.dk == 64 && p.dv % SCAN_COLUMNS == 0) {
-        return launch_scan<64, 4>(stream, p, ends);
+        return launch_scan<64>(stream, p, ends);
     }
     const int n_columns = p.dv + (ends.fold ? p.dk : 0);
     scan_any_kernel<<<dim3(n_columns, p.n_v_heads, n_sequences), (p.dk + 31) / 32 * 32, p.dk * sizeof(float), stream>>>(

@@ -344,7 +344,7 @@ static void segment_slots(void)
     struct lr_delta_shape s = {1, 2, 64, 64};
     enum { N = 1100 };
     uint64_t seed = 1000;
-    struct tokens t = take_tokens(s, N, 8, MILD, seed);
+    struct tokens t = take_tokens(s, N, 8, SLOW, seed);
     int64_t state = s.n_v_heads * s.dk * s.dv, width = s.n_v_heads * s.dv, keys = s.n_k_heads * s.dk;
     float *s_in = check_floats(state, 1.0f, 0, &seed);
     double *m = check_host((size_t)state * 8), *b = check_host((size_t)state * 8), *s_out = check_host((size_t)state * 8);
