@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 . bench/lib.sh
 need_build
 header bench/workers.sh "$@"
-tokens=${1:-131072}
-rounds=${2:-5}
+tokens=${1:-65536}
+rounds=${2:-3}
 seconds() { "$longreach" bench --model $model --document $book --tokens "$tokens" --decode 0 --attention sparse --json "$@" | field prefill_seconds; }
 echo "$tokens tokens, sparse; seconds"
 echo "round   1 x 2 threads   2 x 1, replicated   2 x 1, sharded"
