@@ -114,8 +114,8 @@ static void print_table(const struct run *run, int64_t document_tokens, const in
            density);
     printf("%s question%s answered with %s token%s in %s; %d worker%s, at most %s each\n",
            lr_number_text(q->n_questions), q->n_questions == 1 ? "" : "s", lr_number_text(generated),
-           lr_duration_text(q->decode_seconds), run->job.comm->size, run->job.comm->size == 1 ? "" : "s",
-           lr_bytes_text(most));
+           generated == 1 ? "" : "s", lr_duration_text(q->decode_seconds), run->job.comm->size,
+           run->job.comm->size == 1 ? "" : "s", lr_bytes_text(most));
 }
 
 static enum lr_status report(struct run *run, int64_t document_tokens, struct lr_error *err)
