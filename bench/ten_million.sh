@@ -10,7 +10,8 @@ command=(needle --model $model --document $book --tokens 10000000 --needles 32 -
     --experts sharded --attention sparse --kv-dtype bf16 --quiet)
 echo
 echo "\$ longreach ${command[*]}"
-"$longreach" "${command[@]}" | sed -n '/MISSED/p; /found in/,$p'
+TIMEFORMAT="%R s in all, %U s of user and %S s of system time"
+time "$longreach" "${command[@]}" | sed -n '/MISSED/p; /found in/,$p'
 for kv in f32 bf16; do
     command=(needle --model $model --document $book --tokens 100000000 --needles 32 --workers 2 --kv-dtype $kv --quiet)
     echo
