@@ -63,8 +63,6 @@ PY
 
 header bench/peers.sh PEERS_DIR "$rounds"
 "$python" -c 'import torch, transformers; print("transformers", transformers.__version__, "torch", torch.__version__)'
-"$peers/bin/llama-bench" -m "$peers/tiny-f32.gguf" -p 1 -n 0 -r 1 -o jsonl 2>/dev/null |
-    sed -nE 's/.*"build_commit": "([^"]*)".*/llama.cpp \1/p'
 for round in $(seq "$rounds"); do
     { ours bf16 $model; ours f32 "$work/f32"; llama f32; llama bf16; [ "$round" -gt 1 ] || transformers; } >>"$work/all"
 done
