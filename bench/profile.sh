@@ -15,7 +15,7 @@ profile() # TITLE BENCH_OPTIONS...
     perf record -q -o "$data" -F 499 -- "$longreach" bench --model $model --document $book --threads 2 "${@:2}" | tail -n 1
     perf report -i "$data" --stdio --no-children -F overhead,dso,symbol --percent-limit 0.7 2>/dev/null | grep -E '^ +[0-9]' || true
 }
-profile "prefill, sparse" --tokens 262144 --attention sparse --decode 0
-profile "prefill, full" --tokens 65536 --attention full --decode 0
-profile "decoding 32 side by side" --tokens 65536 --attention sparse --decode 96 --side-by-side 32
+profile "prefill, sparse" --tokens 65536 --attention sparse --decode 0
+profile "prefill, full" --tokens 32768 --attention full --decode 0
+profile "decoding 32 side by side" --tokens 65536 --attention sparse --decode 300 --side-by-side 32
 profile "decoding one" --tokens 2048 --attention full --decode 6000
