@@ -18,7 +18,8 @@ if(LR_WERROR)
     add_compile_options(-Werror)
 endif()
 if(LR_SANITIZE)
-    add_compile_options(-fsanitize=${LR_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+    # -g1: names and lines; following variables through instrumented kernels takes minutes
+    add_compile_options(-fsanitize=${LR_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all -g1)
     add_link_options(-fsanitize=${LR_SANITIZE})
 endif()
 
