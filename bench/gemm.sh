@@ -8,4 +8,6 @@ build_log=$(cmake -S . -B build/bench -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo
                   -DBUILD_TESTING=OFF 2>&1 && cmake --build build/bench --target bench_gemm 2>&1) ||
     { echo "$build_log"; exit 1; }
 grep -h "bench_gemm: no" <<<"$build_log" || true
+. bench/lib.sh
+header bench/gemm.sh "$@"
 exec build/bench/bin/bench_gemm "$@"

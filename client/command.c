@@ -82,6 +82,9 @@ int lr_command_execute(
     int64_t segment = settings->segment_tokens;
     if ((segment & (segment - 1)) != 0)
         return lr_command_usage(argv[1], "--segment-tokens: %lld is not a power of two", (long long)segment);
+    for (int i = 0; i < settings->stop.n_texts; i++)
+        if (settings->stop.texts[i][0] == '\0')
+            return lr_command_usage(argv[1], "--stop: the text is empty");
     if (lr_world_find(settings, &world, &err) != LR_OK)
         return lr_command_usage(argv[1], "%s", err.message);
     if (world == LR_WORLD_LOCAL || world == LR_WORLD_SLURM)

@@ -65,8 +65,9 @@ static enum lr_status print_plan(const struct inspect *in, const struct lr_qwen3
                                          .max_fork_tokens = 128};
     struct lr_memory_plan plan;
     lr_session_plan(&dims, ops, weight_bytes, (int)in->workers, in->replicated, &options, &plan);
-    printf("\n%s tokens on %lld worker%s, %lld questions side by side, each worker at most:\n",
-           lr_number_text(in->tokens), (long long)in->workers, in->workers == 1 ? "" : "s", (long long)in->questions);
+    printf("\n%s tokens on %lld worker%s, %lld question%s side by side, each worker at most:\n",
+           lr_number_text(in->tokens), (long long)in->workers, in->workers == 1 ? "" : "s", (long long)in->questions,
+           in->questions == 1 ? "" : "s");
     printf("  weights     %s (experts %s)\n  keys, values %s\n  states      %s\n  questions   %s\n  workspace   %s\n  "
            "together    %s\n",
            lr_bytes_text((int64_t)plan.weights_bytes), in->replicated ? "replicated" : "sharded",

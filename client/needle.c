@@ -8,6 +8,7 @@
 #include "client/reading.h"
 
 #include <ctype.h>
+#include <errno.h>
 #include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
@@ -184,6 +185,17 @@ static enum lr_status draw(const struct needle *n, const struct needle_result *r
     return status;
 }
 
+/* A picture that cannot be written is no surprise to keep for the end. */
+static enum lr_status check_picture(const struct needle *n, struct lr_error *err)
+{
+    FILE *file = n->svg ? fopen(n->svg, "ae") : NULL;
+    if (n->svg && !file)
+        return lr_fail(err, LR_IO, "%s cannot be written: %s", n->svg, strerror(errno));
+    if (file)
+        fclose(file);
+    return LR_OK;
+}
+
 static enum lr_status report(struct needle *n, int64_t n_tokens, struct lr_error *err)
 {
     struct needle_result r = {.n_tokens = n_tokens};
@@ -211,7 +223,9 @@ static enum lr_status work_on(struct needle *n, struct lr_token_buffer *document
     LR_TRY(lr_job_check_memory(&n->job, &planned, err));
     lr_signals_phase("planting the facts");
     if (n->job.comm->rank == 0) {
-        mine = plant(n, document, err);
+        mine = check_picture(n, err);
+        if (mine == LR_OK)
+            mine = plant(n, document, err);
         if (mine == LR_OK)
             mine = make_prompts(n, &prompts, err);
     }

@@ -112,8 +112,9 @@ static void print_table(const struct run *run, int64_t document_tokens, const in
            lr_duration_text(run->job.prefill_seconds),
            lr_number_text((int64_t)((double)document_tokens / run->job.prefill_seconds)), lr_attention_text(&run->job),
            density);
-    printf("%s questions answered with %s tokens in %s; %d worker%s, at most %s each\n", lr_number_text(q->n_questions),
-           lr_number_text(generated), lr_duration_text(q->decode_seconds), run->job.comm->size,
+    printf("%s question%s answered with %s token%s in %s; %d worker%s, at most %s each\n",
+           lr_number_text(q->n_questions), q->n_questions == 1 ? "" : "s", lr_number_text(generated),
+           generated == 1 ? "" : "s", lr_duration_text(q->decode_seconds), run->job.comm->size,
            run->job.comm->size == 1 ? "" : "s", lr_bytes_text(most));
 }
 

@@ -24,7 +24,8 @@ if(LR_WERROR)
     lr_c_options(-Werror)
 endif()
 if(LR_SANITIZE)
-    lr_c_options(-fsanitize=${LR_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+    # -g1: names and lines; following variables through instrumented kernels takes minutes
+    lr_c_options(-fsanitize=${LR_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all -g1)
     add_link_options(-fsanitize=${LR_SANITIZE})
 endif()
 

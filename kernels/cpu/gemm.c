@@ -93,6 +93,37 @@ void LR_ISA(lr_weight_pack)(struct lr_weight *w, int64_t row, int64_t n_rows, co
     }
 }
 
+/* Weights of 16 bits are widened once for all rows of a task where there are rows enough to pay for it: blocks of
+ * K_BLOCK, so that two panels stay near. */
+enum { K_BLOCK = 256, WIDE_ROWS = 4 * LR_TILE_ROWS };
+
+static void widen(const struct lr_weight *w, const char *from, int64_t panels, int64_t k, float *to)
+{
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t i = 0; i < k; i++)
+            v_store(to + (p * K_BLOCK + i) * 16, tile_load_b(from, (p * w->k + i) * 16, w->dtype));
+}
+
+static void wide_product(const struct lr_weight *w, const struct lr_tile *t, int64_t rows, int64_t panels)
+{
+    float wide[LR_TILE_PANELS * K_BLOCK * 16] __attribute__((aligned(64)));
+    size_t element = lr_dtype_bytes(w->dtype);
+    for (int64_t p = 0; p < panels; p += LR_TILE_PANELS)
+        for (int64_t first = 0; first < w->k; first += K_BLOCK) {
+            int64_t k = w->k - first < K_BLOCK ? w->k - first : K_BLOCK;
+            int64_t n = panels - p < LR_TILE_PANELS ? panels - p : LR_TILE_PANELS;
+            struct lr_tile block = *t;
+            widen(w, (const char *)t->b + (size_t)(p * w->k + first) * 16 * element, n, k, wide);
+            block.a += first;
+            block.b = wide;
+            block.b_panel = K_BLOCK * 16;
+            block.c += p * 16;
+            block.k = k;
+            block.load_c = first > 0;
+            product(&block, rows, n, LR_F32);
+        }
+}
+
 void LR_ISA(lr_weight_product)(const struct lr_weight *w,
                                const float *a,
                                int64_t a_stride,
@@ -114,7 +145,12 @@ void LR_ISA(lr_weight_product)(const struct lr_weight *w,
         .c_panel = 16,
         .k = w->k,
     };
-    LR_ISA(lr_tile_product)(&t, rows, panels, w->dtype);
+    if (w->dtype != LR_F32 && rows >= WIDE_ROWS)
+        wide_product(w, &t, rows, panels);
+    else if (w->dtype == LR_F32)
+        product(&t, rows, panels, LR_F32); /* inlined: most strides are constants here */
+    else
+        LR_ISA(lr_tile_product)(&t, rows, panels, w->dtype);
 }
 
 struct gemm_job {

@@ -55,8 +55,39 @@ LR_INLINE void tile_multiply(const struct lr_tile *t, const int rows, const int 
         for (int p = 0; p < panels; p++)
             acc[i * panels + p] = t->load_c ? v_load(t->c + i * t->c_row + p * t->c_panel) : v_zero();
     }
-    int64_t a_offset = 0, b_offset = 0;
-    for (int64_t k = 0; k < t->k; k++) {
+    if (rows == LR_TILE_ROWS) { /* the lines of C are there when the sums are */
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
+            for (int p = 0; p < panels; p++)
+                __builtin_prefetch(t->c + i * t->c_row + p * t->c_panel, 1);
+    }
+    int64_t a_offset = 0, b_offset = 0, k = 0;
+    if (rows == LR_TILE_ROWS && t->a_k == 1 && t->a_row % 1024 == 0) {
+        /* rows 4096 bytes apart push each other out of L1: 16 columns of them at a time, side by side */
+        float near[LR_TILE_ROWS * 16] __attribute__((aligned(64)));
+        for (; k + 16 <= t->k; k += 16) {
+#pragma GCC unroll 12
+            for (int i = 0; i < rows; i++)
+                v_store(near + i * 16, v_load(a_rows[i] + k));
+            for (int64_t j = 0; j < 16; j++) {
+                lr_v16 b[8];
+#pragma GCC unroll 8
+                for (int p = 0; p < panels; p++)
+                    b[p] = tile_load_b(t->b, b_offset + p * t->b_panel, dtype);
+#pragma GCC unroll 12
+                for (int i = 0; i < rows; i++) {
+                    lr_v16 a = v_set1(near[i * 16 + j]);
+#pragma GCC unroll 8
+                    for (int p = 0; p < panels; p++)
+                        acc[i * panels + p] = v_fma(a, b[p], acc[i * panels + p]);
+                }
+                b_offset += t->b_k;
+            }
+        }
+        a_offset = k;
+    }
+    for (; k < t->k; k++) {
         lr_v16 b[8];
 #pragma GCC unroll 8
         for (int p = 0; p < panels; p++)

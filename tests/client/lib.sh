@@ -6,6 +6,7 @@ book=data/kjv.txt
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failures=0
+short=${LR_TEST_SHORT:-0} # 1: fewer of what is alike
 
 fail()
 {

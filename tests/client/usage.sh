@@ -30,6 +30,7 @@ expect 2 "not a power of two" run --document "$work/document" --question x --seg
 expect 2 "--segment-tokens: 64 is out of range" run --segment-tokens 64
 expect 2 "'loud' is not one of auto, full, sparse" run --attention loud
 expect 2 "--temperature: -1 is out of range" run --temperature -1
+expect 2 "--stop: the text is empty" run --document "$work/document" --question x --stop ''
 expect 2 "--template has no {question}" run --document "$work/document" --question x --template y
 
 expect 1 "nowhere" run --document "$work/nowhere" --question x --quiet
@@ -52,6 +53,12 @@ expect 1 "id 8192 at place 1 is no token" "$longreach" tokenize --model $model -
 echo "5 six" > "$work/list"
 expect 1 "'six" "$longreach" tokenize --model $model --decode "$work/list"
 expect 1 "too few lines for 900 needles" "$longreach" needle --model $model --document "$work/document" --tokens 300 --needles 900 --quiet
+
+expect 1 "no/picture.svg cannot be written" "$longreach" needle --model $model --document "$work/document" --tokens 300 --needles 2 \
+    --svg "$work/no/picture.svg" --quiet
+expect 1 "Is a directory" run --document "$work" --question x --quiet
+cp -rL $model "$work/cut" && chmod -R u+w "$work/cut" && truncate -s 20000000 "$work/cut/model.safetensors"
+expect 1 "the file has 19965168 of data" run --model "$work/cut" --document "$work/document" --question x --quiet --workers 2
 
 # what cannot fit is refused before the first token, with the numbers
 expect 1 "GiB" "$longreach" needle --model $model --document "$work/document" --tokens 2000000000 --needles 1 --quiet

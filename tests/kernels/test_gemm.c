@@ -102,6 +102,20 @@ static void test_gemm_many_tasks(void **state)
         check_gemm(&cases[i], 2000 + (uint64_t)i);
 }
 
+/* Depths over a block of widened weights, and rows 4096 bytes apart. */
+static void test_gemm_deep(void **state)
+{
+    (void)state;
+    static const int64_t rows[] = {12, 50, 100}, depths[] = {256, 257, 1024, 2050};
+    uint64_t seed = 3000;
+    for (int64_t r = 0; r < COUNT(rows); r++)
+        for (int64_t k = 0; k < COUNT(depths); k++)
+            for (enum lr_dtype dtype = LR_F32; dtype <= LR_F16; dtype++) {
+                struct gemm_case c = {rows[r], 72, depths[k], dtype, LR_ACT_SILU, 1, k & 1, 0, 0};
+                check_gemm(&c, seed++);
+            }
+}
+
 static void test_gemm_no_rows(void **state)
 {
     (void)state;
@@ -283,10 +297,11 @@ static void test_experts_without_rows(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_weight_pack),     cmocka_unit_test(test_every_half),
-        cmocka_unit_test(test_gemm_shapes),     cmocka_unit_test(test_gemm_endings),
-        cmocka_unit_test(test_gemm_many_tasks), cmocka_unit_test(test_gemm_no_rows),
-        cmocka_unit_test(test_experts),         cmocka_unit_test(test_experts_without_rows),
+        cmocka_unit_test(test_weight_pack),          cmocka_unit_test(test_every_half),
+        cmocka_unit_test(test_gemm_shapes),          cmocka_unit_test(test_gemm_deep),
+        cmocka_unit_test(test_gemm_endings),         cmocka_unit_test(test_gemm_many_tasks),
+        cmocka_unit_test(test_gemm_no_rows),         cmocka_unit_test(test_experts),
+        cmocka_unit_test(test_experts_without_rows),
     };
     return cmocka_run_group_tests(tests, open_machine, close_machine);
 }
