@@ -42,3 +42,17 @@ ids()
     awk -v n="$1" 'BEGIN { x = 12345; for (i = 0; i < n; i++) { x = (x * 1103515245 + 12345) % 2147483648;
         v = int(x / 65536) % 8192; printf "%02x%02x0000", v % 256, int(v / 256) } }' | xxd -r -p > "$2"
 }
+
+# with_device: from here on every command runs on LR_TEST_DEVICE (default cpu); without such a device the test is skipped
+with_device()
+{
+    device=${LR_TEST_DEVICE:-cpu}
+    printf '#!/bin/sh\ncommand=$1\nshift\nexec "%s" "$command" --device %s "$@"\n' "$longreach" "$device" > "$work/longreach"
+    chmod +x "$work/longreach"
+    longreach=$work/longreach
+    [ "$device" = cpu ] && return
+    ids 1 "$work/probe"
+    "$longreach" logits --model $model --quiet --ids "$work/probe" --out "$work/probe.out" 2> "$work/err" && return
+    echo "skipped: $(cat "$work/err")"
+    exit 77
+}

@@ -1,6 +1,7 @@
 #!/bin/sh
 # The same bytes from any number of workers: logits at lengths around every seam, full and sparse.
 . "$(dirname "$0")/lib.sh"
+with_device
 
 logits() { "$longreach" logits --model $model --quiet "$@" || fail "logits $*"; }
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # The same answers whatever the number of workers or threads, the instruction set, the company of a question.
 . "$(dirname "$0")/lib.sh"
+with_device
 
 several="2 3 5 8"
 bytes=24000
@@ -34,6 +35,10 @@ ask --questions "$work/questions" --temperature 0.9 --seed 9 > "$work/b"
 cmp -s "$work/a" "$work/b" && fail "two seeds gave the same 32 answers"
 [ "$(sort -u "$work/a" | wc -l)" -gt 20 ] || fail "the sampled answers are nearly all the same"
 
+if [ "$device" = cuda ]; then # instruction sets and float32 keys are the CPU's
+    finish
+    exit 0
+fi
 ids 700 "$work/ids"
 compared=0
 for mode in full sparse; do
