@@ -1,7 +1,9 @@
 /* The byte-bound slots at the shapes of a Qwen3-Next layer: time, bytes that must move over time, share of the copy rate.
  *
- *   elementwise_bench [rows]      65536 by default */
+ *   elementwise_bench [rows] [groups]      65536, and any letters of n(orms) e(lementwise) s(election) t(ransfers) */
 #include "bench/gpu/bench.h"
+
+#include <string.h>
 
 namespace
 {
@@ -212,14 +214,19 @@ void transfers()
 int main(int argc, char **argv)
 {
     const int64_t rows = argc > 1 ? atoll(argv[1]) : 65536;
+    const char *groups = argc > 2 ? argv[2] : "nest";
     bench::open();
     ceiling = bench::copy_rate();
     printf("%s, %lld rows, copy %.1f GB/s read and written\n", lr_cuda_device_name(&bench::exec),
            static_cast<long long>(rows), ceiling / 1e9);
-    norms(rows);
-    elementwise(rows);
-    selection(rows);
-    transfers();
+    if (strchr(groups, 'n') != nullptr)
+        norms(rows);
+    if (strchr(groups, 'e') != nullptr)
+        elementwise(rows);
+    if (strchr(groups, 's') != nullptr)
+        selection(rows);
+    if (strchr(groups, 't') != nullptr)
+        transfers();
     lr_cuda_device_close(&bench::exec);
     return 0;
 }
