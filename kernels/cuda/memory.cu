@@ -107,9 +107,8 @@ enum lr_status download(const struct lr_exec *exec, void *to, const void *from, 
 
 /* Rows of words of the widest size that all addresses, strides and the row's length are multiples of. */
 template <class Word>
-__global__ void __launch_bounds__(lr::ROW_THREADS)
-    copy_rows_kernel(Word *to, int64_t to_stride, const Word *from, int64_t from_stride, struct lr::divider n_words,
-                     uint32_t n_all)
+__global__ void __launch_bounds__(lr::ROW_THREADS) copy_rows_kernel(
+    Word *to, int64_t to_stride, const Word *from, int64_t from_stride, struct lr::divider n_words, uint32_t n_all)
 {
     const uint32_t at = blockIdx.x * lr::ROW_THREADS + threadIdx.x;
     if (at >= n_all)
@@ -119,8 +118,13 @@ __global__ void __launch_bounds__(lr::ROW_THREADS)
 }
 
 template <class Word>
-void copy_rows_of(const struct lr_exec *exec, void *to, size_t to_stride, const void *from, size_t from_stride,
-                  size_t row_bytes, int64_t n_rows)
+void copy_rows_of(const struct lr_exec *exec,
+                  void *to,
+                  size_t to_stride,
+                  const void *from,
+                  size_t from_stride,
+                  size_t row_bytes,
+                  int64_t n_rows)
 {
     constexpr size_t size = sizeof(Word);
     const int64_t n_words = static_cast<int64_t>(row_bytes / size);
