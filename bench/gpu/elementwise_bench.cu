@@ -1,7 +1,10 @@
-/* The byte-bound slots at the shapes of a Qwen3-Next layer: time, bytes that must move over time, share of the copy rate.
+/* The byte-bound slots at the shapes of a Qwen3-Next layer: time, bytes that must move over time, share of the copy
+ * rate.
  *
- *   elementwise_bench [rows]      65536 by default */
+ *   elementwise_bench [rows] [groups]      65536, and any letters of n(orms) e(lementwise) s(election) t(ransfers) */
 #include "bench/gpu/bench.h"
+
+#include <string.h>
 
 namespace
 {
@@ -71,12 +74,14 @@ void norms(int64_t rows)
         float *cos = floats(rows * 32), *sin = floats(rows * 32), *w = floats(256);
         a.x = halves(rows * 9216), a.x_stride = 9216, a.n_rows = rows, a.n_heads = 16, a.head_stride = 512;
         a.head_dim = 256, a.rotary_dim = 64, a.w = w, a.cos = cos, a.sin = sin, a.eps = 1e-6f;
-        race("norm_rope q 16 x 256 rotary 64", 4.0 * static_cast<double>(rows * 4096) + 8.0 * static_cast<double>(rows * 32),
+        race("norm_rope q 16 x 256 rotary 64",
+             4.0 * static_cast<double>(rows * 4096) + 8.0 * static_cast<double>(rows * 32),
              [&] { lr_cuda_norm_rope(&bench::exec, &a); });
         a.head_dim = 128, a.head_stride = 256, a.rotary_dim = 128, a.n_heads = 32;
         float *wide_cos = floats(rows * 64), *wide_sin = floats(rows * 64);
         a.cos = wide_cos, a.sin = wide_sin;
-        race("norm_rope q 32 x 128 rotary 128", 4.0 * static_cast<double>(rows * 4096) + 8.0 * static_cast<double>(rows * 64),
+        race("norm_rope q 32 x 128 rotary 128",
+             4.0 * static_cast<double>(rows * 4096) + 8.0 * static_cast<double>(rows * 64),
              [&] { lr_cuda_norm_rope(&bench::exec, &a); });
         drop(a.x), drop(w), drop(cos), drop(sin), drop(wide_cos), drop(wide_sin);
     }
@@ -212,14 +217,19 @@ void transfers()
 int main(int argc, char **argv)
 {
     const int64_t rows = argc > 1 ? atoll(argv[1]) : 65536;
+    const char *groups = argc > 2 ? argv[2] : "nest";
     bench::open();
     ceiling = bench::copy_rate();
     printf("%s, %lld rows, copy %.1f GB/s read and written\n", lr_cuda_device_name(&bench::exec),
            static_cast<long long>(rows), ceiling / 1e9);
-    norms(rows);
-    elementwise(rows);
-    selection(rows);
-    transfers();
+    if (strchr(groups, 'n') != nullptr)
+        norms(rows);
+    if (strchr(groups, 'e') != nullptr)
+        elementwise(rows);
+    if (strchr(groups, 's') != nullptr)
+        selection(rows);
+    if (strchr(groups, 't') != nullptr)
+        transfers();
     lr_cuda_device_close(&bench::exec);
     return 0;
 }

@@ -8,8 +8,8 @@
  *   ...      |          |          |
  *   row 16   | the next block's, or the same block's where there are few channels
  *
- * An output is one chain of fused multiply-adds over its taps, ascending, wherever a block begins: the bits do not depend
- * on how a sequence is fed, and conv_step gives the same. */
+ * An output is one chain of fused multiply-adds over its taps, ascending, wherever a block begins: the bits do not
+ * depend on how a sequence is fed, and conv_step gives the same. */
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/rows.cuh"
 
@@ -39,8 +39,8 @@ template <bool ALIGNED> static __device__ __forceinline__ struct raw_piece load_
         const uint16_t *halves = reinterpret_cast<const uint16_t *>(x);
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            raw.pairs[i] = (2 * i < n ? halves[2 * i] : 0u) |
-                           static_cast<uint32_t>(2 * i + 1 < n ? halves[2 * i + 1] : 0) << 16;
+            raw.pairs[i] =
+                (2 * i < n ? halves[2 * i] : 0u) | static_cast<uint32_t>(2 * i + 1 < n ? halves[2 * i + 1] : 0) << 16;
     }
     return raw;
 }
@@ -135,8 +135,8 @@ static void launch_conv(cudaStream_t stream, dim3 grid, dim3 block, bool aligned
 
 static void conv(cudaStream_t stream, const struct lr_conv_args &args)
 {
-    const bool aligned = are_aligned(16, args.x, args.tail, args.y) &&
-                         (args.x_stride | args.y_stride | args.n_channels) % 8 == 0;
+    const bool aligned =
+        are_aligned(16, args.x, args.tail, args.y) && (args.x_stride | args.y_stride | args.n_channels) % 8 == 0;
     unsigned lanes = ROW_THREADS;
     while (lanes > 1 && lanes / 2 * 8 >= args.n_channels)
         lanes /= 2;

@@ -66,7 +66,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 }
 
 template <class Element>
-static void embed(const struct lr_exec *exec, const void *table, int64_t d, const int32_t *ids, int64_t n_rows, float *y)
+static void
+embed(const struct lr_exec *exec, const void *table, int64_t d, const int32_t *ids, int64_t n_rows, float *y)
 {
     const Element *elements = static_cast<const Element *>(table);
     const struct divider quads = divider_by((d + 3) / 4);
@@ -75,7 +76,8 @@ static void embed(const struct lr_exec *exec, const void *table, int64_t d, cons
     if (are_aligned(4 * sizeof(Element), table) && are_aligned(16, y) && d % 4 == 0)
         embed_kernel<Element, true><<<n_blocks, ROW_THREADS, 0, stream_of(exec)>>>(elements, d, ids, quads, n_units, y);
     else
-        embed_kernel<Element, false><<<n_blocks, ROW_THREADS, 0, stream_of(exec)>>>(elements, d, ids, quads, n_units, y);
+        embed_kernel<Element, false>
+            <<<n_blocks, ROW_THREADS, 0, stream_of(exec)>>>(elements, d, ids, quads, n_units, y);
 }
 
 /* ---- sigmoid_gate: y = x sigmoid(gate), a piece a unit ---- */
@@ -83,9 +85,10 @@ static void embed(const struct lr_exec *exec, const void *table, int64_t d, cons
 constexpr int GATE_UNITS = 2; /* a thread */
 
 template <bool ALIGNED>
-static __global__ void __launch_bounds__(ROW_THREADS)
-    sigmoid_gate_kernel(const struct lr_sigmoid_gate_args a, struct divider row_pieces, struct divider head_pieces,
-                        uint32_t n_units)
+static __global__ void __launch_bounds__(ROW_THREADS) sigmoid_gate_kernel(const struct lr_sigmoid_gate_args a,
+                                                                          struct divider row_pieces,
+                                                                          struct divider head_pieces,
+                                                                          uint32_t n_units)
 {
     struct piece x[GATE_UNITS], gate[GATE_UNITS];
     bf16 *to[GATE_UNITS];
@@ -148,8 +151,13 @@ static __global__ void __launch_bounds__(ROW_THREADS) delta_gates_kernel(const s
 
 } // namespace lr
 
-void lr_cuda_embed(const struct lr_exec *exec, const void *table, enum lr_dtype dtype, int64_t d, const int32_t *ids,
-                   int64_t n_rows, float *y)
+void lr_cuda_embed(const struct lr_exec *exec,
+                   const void *table,
+                   enum lr_dtype dtype,
+                   int64_t d,
+                   const int32_t *ids,
+                   int64_t n_rows,
+                   float *y)
 {
     const int64_t most = LR_CUDA_MAX_UPLOAD_BYTES / static_cast<int64_t>(sizeof *ids);
     lr::for_row_slices(n_rows, (d + 3) / 4, [&](int64_t slice, int64_t n_slice) {

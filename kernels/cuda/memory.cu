@@ -5,6 +5,7 @@
  *   download   device --bus--> landing (pinned, two halves) --memcpy--> host */
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/rows.cuh"
 
 #include <cuda_runtime.h>
 #include <string.h>
@@ -16,11 +17,6 @@ constexpr size_t PIECE_BYTES = 4u << 20;
 constexpr double GIB = 1073741824.0;
 
 static_assert(PIECE_BYTES <= LR_CUDA_MAX_UPLOAD_BYTES && 2 * PIECE_BYTES <= LR_CUDA_LANDING_BYTES, "pieces fit");
-
-cudaStream_t stream_of(const struct lr_exec *exec)
-{
-    return static_cast<cudaStream_t>(exec->stream);
-}
 
 enum lr_status reserve(size_t size_bytes, void **out, struct lr_error *err)
 {
@@ -65,12 +61,12 @@ size_t available()
 
 void copy(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes)
 {
-    lr_cuda_note(exec, cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDeviceToDevice, stream_of(exec)), "copy");
+    lr_cuda_note(exec, cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDeviceToDevice, lr::stream_of(exec)), "copy");
 }
 
 void zero(const struct lr_exec *exec, void *to, size_t size_bytes)
 {
-    lr_cuda_note(exec, cudaMemsetAsync(to, 0, size_bytes, stream_of(exec)), "zero");
+    lr_cuda_note(exec, cudaMemsetAsync(to, 0, size_bytes, lr::stream_of(exec)), "zero");
 }
 
 void upload(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes)
@@ -81,7 +77,7 @@ void upload(const struct lr_exec *exec, void *to, const void *from, size_t size_
         memcpy(space.pinned, static_cast<const char *>(from) + at, n);
         lr_cuda_note(
             exec,
-            cudaMemcpyAsync(static_cast<char *>(to) + at, space.pinned, n, cudaMemcpyHostToDevice, stream_of(exec)),
+            cudaMemcpyAsync(static_cast<char *>(to) + at, space.pinned, n, cudaMemcpyHostToDevice, lr::stream_of(exec)),
             "upload");
     }
 }
@@ -98,7 +94,7 @@ enum lr_status download(const struct lr_exec *exec, void *to, const void *from, 
         if (n > 0)
             lr_cuda_note(exec,
                          cudaMemcpyAsync(landing + piece % 2 * PIECE_BYTES, static_cast<const char *>(from) + at, n,
-                                         cudaMemcpyDeviceToHost, stream_of(exec)),
+                                         cudaMemcpyDeviceToHost, lr::stream_of(exec)),
                          "download");
         if (arrived > 0)
             memcpy(static_cast<char *>(to) + previous, landing + (piece + 1) % 2 * PIECE_BYTES, arrived);
@@ -109,16 +105,16 @@ enum lr_status download(const struct lr_exec *exec, void *to, const void *from, 
     return LR_OK;
 }
 
-/* n_rows x n_words words of the widest size that all addresses, strides and the row's length are multiples of. */
+/* Rows of words of the widest size that all addresses, strides and the row's length are multiples of. */
 template <class Word>
-__global__ void
-copy_rows_kernel(Word *to, int64_t to_stride, const Word *from, int64_t from_stride, int64_t n_words, int64_t n_all)
+__global__ void __launch_bounds__(lr::ROW_THREADS) copy_rows_kernel(
+    Word *to, int64_t to_stride, const Word *from, int64_t from_stride, struct lr::divider n_words, uint32_t n_all)
 {
-    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n_all; i += step) {
-        const int64_t row = i / n_words, word = i - row * n_words;
-        to[row * to_stride + word] = from[row * from_stride + word];
-    }
+    const uint32_t at = blockIdx.x * lr::ROW_THREADS + threadIdx.x;
+    if (at >= n_all)
+        return;
+    const uint32_t row = n_words.of(at), word = at - row * n_words.d;
+    to[row * to_stride + word] = from[row * from_stride + word];
 }
 
 template <class Word>
@@ -131,12 +127,16 @@ void copy_rows_of(const struct lr_exec *exec,
                   int64_t n_rows)
 {
     constexpr size_t size = sizeof(Word);
-    constexpr int64_t n_threads = 256;
-    const int64_t n_words = static_cast<int64_t>(row_bytes / size), n_all = n_words * n_rows;
-    const int64_t n_blocks = (n_all + n_threads - 1) / n_threads, most = 16 * lr_cuda_multiprocessors(exec);
-    copy_rows_kernel<Word><<<static_cast<unsigned>(n_blocks < most ? n_blocks : most), n_threads, 0, stream_of(exec)>>>(
-        static_cast<Word *>(to), static_cast<int64_t>(to_stride / size), static_cast<const Word *>(from),
-        static_cast<int64_t>(from_stride / size), n_words, n_all);
+    const int64_t n_words = static_cast<int64_t>(row_bytes / size);
+    lr::for_row_slices(n_rows, n_words, [&](int64_t first, int64_t n) {
+        Word *to_row = reinterpret_cast<Word *>(static_cast<char *>(to) + static_cast<size_t>(first) * to_stride);
+        const Word *from_row =
+            reinterpret_cast<const Word *>(static_cast<const char *>(from) + static_cast<size_t>(first) * from_stride);
+        const uint32_t n_all = static_cast<uint32_t>(n * n_words);
+        copy_rows_kernel<Word><<<lr::blocks_for(n_all, lr::ROW_THREADS), lr::ROW_THREADS, 0, lr::stream_of(exec)>>>(
+            to_row, static_cast<int64_t>(to_stride / size), from_row, static_cast<int64_t>(from_stride / size),
+            lr::divider_by(n_words), n_all);
+    });
 }
 
 void copy_rows(const struct lr_exec *exec,

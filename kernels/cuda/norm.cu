@@ -94,7 +94,8 @@ static __global__ void __launch_bounds__(row_spread<WARPS>::THREADS *row_spread<
 }
 
 /* Rows of any length, a block each. */
-template <bool ALIGNED> static __global__ void __launch_bounds__(512) rmsnorm_long_kernel(const struct lr_rmsnorm_args a)
+template <bool ALIGNED>
+static __global__ void __launch_bounds__(512) rmsnorm_long_kernel(const struct lr_rmsnorm_args a)
 {
     const float *x = a.x + blockIdx.x * a.x_stride;
     bf16 *y = static_cast<bf16 *>(a.y) + blockIdx.x * a.y_stride;
@@ -105,8 +106,8 @@ template <bool ALIGNED> static __global__ void __launch_bounds__(512) rmsnorm_lo
     for (int64_t column = threadIdx.x * 4; column < a.n_cols; column += 512 * 4) {
         const int64_t left = a.n_cols - column;
         const float4 w = load_quad<ALIGNED>(a.w + column, left);
-        store_quad<ALIGNED>(y + column, scaled(load_quad<ALIGNED>(x + column, left), scale, w, a.plus_one ? 1.0f : 0.0f),
-                            left);
+        store_quad<ALIGNED>(y + column,
+                            scaled(load_quad<ALIGNED>(x + column, left), scale, w, a.plus_one ? 1.0f : 0.0f), left);
     }
 }
 

@@ -1,5 +1,5 @@
-/* Norms over heads: RMSNorm with a gate behind it, RMSNorm with rotary behind it, and q, k to unit length. A head is a unit
- * of rows.cuh: it is read once, summed over its lanes, written once. */
+/* Norms over heads: RMSNorm with a gate behind it, RMSNorm with rotary behind it, and q, k to unit length. A head is a
+ * unit of rows.cuh: it is read once, summed over its lanes, written once. */
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/rows.cuh"
 
@@ -13,8 +13,8 @@ struct head {
     int n; /* its columns; 0 behind the last head, so that nothing is read or written */
 };
 
-static __device__ __forceinline__ struct head head_of(uint32_t unit, uint32_t n_units, const struct divider &n_heads,
-                                                      int head_dim)
+static __device__ __forceinline__ struct head
+head_of(uint32_t unit, uint32_t n_units, const struct divider &n_heads, int head_dim)
 {
     const uint32_t row = n_heads.of(unit);
     return {row, unit - row * n_heads.d, unit < n_units ? head_dim : 0};
@@ -102,8 +102,8 @@ struct partner {
 };
 
 template <bool ALIGNED>
-static __device__ __forceinline__ struct partner load_partner(const struct lr_norm_rope_args &a, const bf16 *x,
-                                                              int64_t row, int column, int n)
+static __device__ __forceinline__ struct partner
+load_partner(const struct lr_norm_rope_args &a, const bf16 *x, int64_t row, int column, int n)
 {
     const int half = static_cast<int>(a.rotary_dim / 2);
     struct partner p;
@@ -214,9 +214,8 @@ void lr_cuda_norm_rope(const struct lr_exec *exec, const struct lr_norm_rope_arg
         const uint32_t n_units = static_cast<uint32_t>(n * a.n_heads);
         lr::with_spread<1>(a.head_dim, aligned, [&](auto spread) {
             using S = decltype(spread);
-            lr::norm_rope_kernel<S>
-                <<<lr::blocks_for(n_units, S::PER_BLOCK), lr::ROW_THREADS, 0, lr::stream_of(exec)>>>(
-                    a, lr::divider_by(a.n_heads), n_units);
+            lr::norm_rope_kernel<S><<<lr::blocks_for(n_units, S::PER_BLOCK), lr::ROW_THREADS, 0, lr::stream_of(exec)>>>(
+                a, lr::divider_by(a.n_heads), n_units);
         });
     });
     lr_cuda_note(exec, cudaGetLastError(), "norm_rope");

@@ -52,9 +52,13 @@ static __device__ __forceinline__ void sine_cosine(double x, double *sine, doubl
     *cosine = quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s;
 }
 
-static __global__ void __launch_bounds__(ROW_THREADS)
-    rope_table_kernel(const int64_t *positions, const double *inv_freq, struct divider n_freq, double factor,
-                      uint32_t n_units, float *cos_out, float *sin_out)
+static __global__ void __launch_bounds__(ROW_THREADS) rope_table_kernel(const int64_t *positions,
+                                                                        const double *inv_freq,
+                                                                        struct divider n_freq,
+                                                                        double factor,
+                                                                        uint32_t n_units,
+                                                                        float *cos_out,
+                                                                        float *sin_out)
 {
     const uint32_t unit = blockIdx.x * ROW_THREADS + threadIdx.x;
     if (unit >= n_units)
@@ -68,8 +72,14 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 
 } // namespace lr
 
-void lr_cuda_rope_table(const struct lr_exec *exec, const int64_t *positions, int64_t n_rows, const double *inv_freq,
-                        int64_t n_freq, double factor, float *cos_out, float *sin_out)
+void lr_cuda_rope_table(const struct lr_exec *exec,
+                        const int64_t *positions,
+                        int64_t n_rows,
+                        const double *inv_freq,
+                        int64_t n_freq,
+                        double factor,
+                        float *cos_out,
+                        float *sin_out)
 {
     if (n_rows <= 0 || n_freq <= 0)
         return;

@@ -1,5 +1,5 @@
-/* What the byte-bound kernels share. They all read rows in pieces of 8 columns (16 bytes of bf16), one piece a thread at a
- * time, neighbouring threads on neighbouring pieces:
+/* What the byte-bound kernels share. They all read rows in pieces of 8 columns (16 bytes of bf16), one piece a thread
+ * at a time, neighbouring threads on neighbouring pieces:
  *
  *   head   | piece 0 | piece 1 | ... | piece LANES-1 | piece LANES | ...        LANES threads, PIECES pieces each
  *            lane 0    lane 1          lane LANES-1    lane 0
@@ -193,7 +193,8 @@ template <int LANES_, int PIECES_, int UNITS_, bool ALIGNED_> struct head_spread
     }
 };
 
-/* Calls launch with the spread for the head's size (up to LR_MAX_HEAD_DIM); UNITS where a head is one piece a thread. */
+/* Calls launch with the spread for the head's size (up to LR_MAX_HEAD_DIM); UNITS where a head is one piece a thread.
+ */
 template <int UNITS, bool ALIGNED, class Launch> static inline void with_spread(int64_t head_dim, Launch launch)
 {
     if (head_dim <= 64)

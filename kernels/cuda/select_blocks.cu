@@ -1,10 +1,10 @@
-/* Which blocks a query block reads: the top_k by mean_q . mean_k. Three kernels over slices of query blocks, as many as the
- * scratch memory has room for:
+/* Which blocks a query block reads: the top_k by mean_q . mean_k. Three kernels over slices of query blocks, as many as
+ * the scratch memory has room for:
  *
- *   sum     q [128 rows, group, d]        -> sums   [query blocks, kv heads, d]          float32 (mean_q up to a factor)
- *   score   sums . block_means            -> keys   [query blocks, kv heads, n_blocks]   a score as an ordered integer
- *   choose  the top_k-th largest key by four passes of a histogram of 256 digits, then one walk in ascending order:
- *           larger keys, and of the equal ones the first few                             -> chosen
+ *   sum     q [128 rows, group, d]        -> sums   [query blocks, kv heads, d]          float32 (mean_q up to a
+ * factor) score   sums . block_means            -> keys   [query blocks, kv heads, n_blocks]   a score as an ordered
+ * integer choose  the top_k-th largest key by four passes of a histogram of 256 digits, then one walk in ascending
+ * order: larger keys, and of the equal ones the first few                             -> chosen
  *
  * A score is one chain of fused multiply-adds in ascending channels whatever the tile; counts are integers: nothing
  * depends on the number of query blocks in the call. */
@@ -40,8 +40,10 @@ static __host__ __device__ __forceinline__ struct block_range candidates(const s
 
 constexpr int SUM_THREADS = 256;
 
-/* A block a query block and KV head: `lanes` threads side by side on the channels, the others on other rows and heads. */
-template <bool ALIGNED> static __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const struct select_slice s, int lanes)
+/* A block a query block and KV head: `lanes` threads side by side on the channels, the others on other rows and heads.
+ */
+template <bool ALIGNED>
+static __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const struct select_slice s, int lanes)
 {
     extern __shared__ float partial[]; /* [groups, 8 lanes] */
     const struct lr_block_select_args &a = s.args;
@@ -50,7 +52,8 @@ template <bool ALIGNED> static __global__ void __launch_bounds__(SUM_THREADS) su
     const int n_heads = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
     const int64_t first = (s.first + blockIdx.x) * BLOCK;
     const int n_rows = static_cast<int>(a.n_rows - first < BLOCK ? a.n_rows - first : BLOCK);
-    const bf16 *q = static_cast<const bf16 *>(a.q) + first * a.q_stride + blockIdx.y * n_heads * a.q_head_stride + channel;
+    const bf16 *q =
+        static_cast<const bf16 *>(a.q) + first * a.q_stride + blockIdx.y * n_heads * a.q_head_stride + channel;
     struct piece sum = {};
 #pragma unroll 4
     for (int item = group; item < n_rows * n_heads; item += groups) {
@@ -109,9 +112,11 @@ static __global__ void __launch_bounds__(SCORE_THREADS) score_kernel(const struc
     __shared__ __align__(16) float q_tile[TILE_D * PITCH_Q], k_tile[TILE_D * PITCH_K];
     const struct lr_block_select_args &a = s.args;
     const int64_t d = a.shape.head_dim, n_kv_heads = a.shape.n_kv_heads, kv_head = blockIdx.z;
-    const int64_t first_q = static_cast<int64_t>(blockIdx.y) * TILE_Q, first_k = static_cast<int64_t>(blockIdx.x) * TILE_K;
+    const int64_t first_q = static_cast<int64_t>(blockIdx.y) * TILE_Q,
+                  first_k = static_cast<int64_t>(blockIdx.x) * TILE_K;
     const int64_t last_q = (first_q + TILE_Q < s.n ? first_q + TILE_Q : s.n) - 1;
-    const struct block_range most = candidates(s, last_q); /* a later query block has all candidates of an earlier one */
+    const struct block_range most =
+        candidates(s, last_q); /* a later query block has all candidates of an earlier one */
     if (first_k >= most.end || first_k + TILE_K <= most.first)
         return;
     const int thread = threadIdx.x, tx = thread % 16, ty = thread / 16;
@@ -260,7 +265,8 @@ template <bool HELD> static __global__ void __launch_bounds__(CHOOSE_THREADS) ch
     for (int64_t i = first; i < end; i += 32) {
         const uint32_t key = i + lane < end ? keys[i + lane] : 0;
         const bool is_larger = i + lane < end && key > threshold, is_equal = i + lane < end && key == threshold;
-        const uint32_t who_larger = __ballot_sync(0xffffffffu, is_larger), who_equal = __ballot_sync(0xffffffffu, is_equal);
+        const uint32_t who_larger = __ballot_sync(0xffffffffu, is_larger),
+                       who_equal = __ballot_sync(0xffffffffu, is_equal);
         const uint32_t equal_before = equal + static_cast<uint32_t>(__popc(who_equal & below));
         const uint32_t equal_taken = equal_before < n_equal_wanted ? equal_before : n_equal_wanted;
         if (is_larger || (is_equal && equal_before < n_equal_wanted))

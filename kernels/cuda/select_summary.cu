@@ -1,5 +1,5 @@
-/* What is known of a block without reading it: the mean, minimum and maximum of its keys, and Quest's bound of the scores
- * that a page can give. */
+/* What is known of a block without reading it: the mean, minimum and maximum of its keys, and Quest's bound of the
+ * scores that a page can give. */
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/rows.cuh"
 
@@ -45,12 +45,14 @@ static __global__ void __launch_bounds__(SUMMARY_THREADS)
     const int64_t panel = unit % n_panels, kv_head = unit / n_panels % a.shape.n_kv_heads;
     const int64_t block = unit / n_panels / a.shape.n_kv_heads;
     const int piece = threadIdx.x % 8, group = threadIdx.x / 8, n_keys = refs[block].n_keys;
-    const char *keys = static_cast<const char *>(refs[block].data) + (kv_head * 2 * n_panels + panel) * BLOCK * PANEL * 2;
+    const char *keys =
+        static_cast<const char *>(refs[block].data) + (kv_head * 2 * n_panels + panel) * BLOCK * PANEL * 2;
     uint4 words[BLOCK / SUMMARY_GROUPS];
 #pragma unroll
     for (int i = 0; i < BLOCK / SUMMARY_GROUPS; i++) {
         const int row = group + i * SUMMARY_GROUPS;
-        words[i] = row < n_keys ? *reinterpret_cast<const uint4 *>(keys + swizzled(row, piece)) : make_uint4(0, 0, 0, 0);
+        words[i] =
+            row < n_keys ? *reinterpret_cast<const uint4 *>(keys + swizzled(row, piece)) : make_uint4(0, 0, 0, 0);
     }
     struct summary mine;
 #pragma unroll
@@ -101,8 +103,8 @@ static __global__ void __launch_bounds__(SUMMARY_THREADS)
 
 constexpr int BOUND_ROWS = 8; /* of a block */
 
-/* A unit is a page and KV head, its summary stays in registers; blockIdx.y: rows. max(q lo, q hi) is q hi where q > 0, else
- * q lo. */
+/* A unit is a page and KV head, its summary stays in registers; blockIdx.y: rows. max(q lo, q hi) is q hi where q > 0,
+ * else q lo. */
 template <class S>
 static __global__ void __launch_bounds__(ROW_THREADS)
     bounds_kernel(const struct lr_page_bounds_args a, struct divider kv_heads, uint32_t n_units)
@@ -175,8 +177,8 @@ void lr_cuda_page_bounds(const struct lr_exec *exec, const struct lr_page_bounds
         lr::with_spread<1>(a.shape.head_dim, aligned, [&](auto spread) {
             using S = decltype(spread);
             const dim3 grid(lr::blocks_for(n_units, S::PER_BLOCK), lr::blocks_for(a.n_rows, lr::BOUND_ROWS));
-            lr::bounds_kernel<S><<<grid, lr::ROW_THREADS, 0, lr::stream_of(exec)>>>(
-                a, lr::divider_by(a.shape.n_kv_heads), n_units);
+            lr::bounds_kernel<S>
+                <<<grid, lr::ROW_THREADS, 0, lr::stream_of(exec)>>>(a, lr::divider_by(a.shape.n_kv_heads), n_units);
         });
     }
     lr_cuda_note(exec, cudaGetLastError(), "page_bounds");

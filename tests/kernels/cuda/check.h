@@ -179,8 +179,13 @@ static inline float *check_download_f32(const void *device, int64_t n)
 /* ---- comparisons ---- */
 
 /* ||got - truth|| <= tolerance ||truth||, and nothing is NaN. got: rows of `width` at `stride`; truth contiguous. */
-static inline void check_norm(const char *what, const float *got, int64_t stride, const double *truth, int64_t n_rows,
-                              int64_t width, double tolerance)
+static inline void check_norm(const char *what,
+                              const float *got,
+                              int64_t stride,
+                              const double *truth,
+                              int64_t n_rows,
+                              int64_t width,
+                              double tolerance)
 {
     double error = 0.0, size = 0.0;
     for (int64_t i = 0; i < n_rows * width; i++) {
@@ -196,8 +201,14 @@ static inline void check_norm(const char *what, const float *got, int64_t stride
 }
 
 /* |got - truth| <= relative |truth| + absolute for every element. */
-static inline void check_each(const char *what, const float *got, int64_t stride, const double *truth, int64_t n_rows,
-                              int64_t width, double relative, double absolute)
+static inline void check_each(const char *what,
+                              const float *got,
+                              int64_t stride,
+                              const double *truth,
+                              int64_t n_rows,
+                              int64_t width,
+                              double relative,
+                              double absolute)
 {
     for (int64_t i = 0; i < n_rows * width; i++) {
         double x = (double)got[i / width * stride + i % width], y = truth[i];
@@ -223,7 +234,8 @@ static inline void check_same(const char *what, const void *a, const void *b, si
 
 /* ---- running ---- */
 
-/* Looks behind the device arrays and gives all memory back; a case that walks through many shapes calls it after each. */
+/* Looks behind the device arrays and gives all memory back; a case that walks through many shapes calls it after each.
+ */
 static inline void check_end(void)
 {
     for (int i = 0; i < check.n_device; i++) {

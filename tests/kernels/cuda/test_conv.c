@@ -53,10 +53,10 @@ static void conv(void)
 {
     /* rows, channels, taps, activation */
     static const int64_t shapes[][4] = {
-        {1, 1, 1, LR_ACT_NONE},       {1, 8, 4, LR_ACT_SILU},     {2, 24, 4, LR_ACT_SILU},  {70, 7, 4, LR_ACT_SILU},
-        {37, 256, 4, LR_ACT_SILU},    {301, 96, 4, LR_ACT_SILU},  {65, 2056, 4, LR_ACT_SILU}, {17, 4104, 4, LR_ACT_SILU},
-        {50, 64, 2, LR_ACT_SILU},     {50, 72, 3, LR_ACT_SILU},   {50, 64, 5, LR_ACT_SILU}, {9, 16, 64, LR_ACT_SILU},
-        {33, 40, 4, LR_ACT_NONE},     {33, 40, 4, LR_ACT_GELU},   {33, 40, 3, LR_ACT_RELU}, {33, 40, 4, LR_ACT_GELU_TANH},
+        {1, 1, 1, LR_ACT_NONE},    {1, 8, 4, LR_ACT_SILU},    {2, 24, 4, LR_ACT_SILU},    {70, 7, 4, LR_ACT_SILU},
+        {37, 256, 4, LR_ACT_SILU}, {301, 96, 4, LR_ACT_SILU}, {65, 2056, 4, LR_ACT_SILU}, {17, 4104, 4, LR_ACT_SILU},
+        {50, 64, 2, LR_ACT_SILU},  {50, 72, 3, LR_ACT_SILU},  {50, 64, 5, LR_ACT_SILU},   {9, 16, 64, LR_ACT_SILU},
+        {33, 40, 4, LR_ACT_NONE},  {33, 40, 4, LR_ACT_GELU},  {33, 40, 3, LR_ACT_RELU},   {33, 40, 4, LR_ACT_GELU_TANH},
     };
     uint64_t seed = 31;
     for (int s = 0; s < CHECK_COUNT(shapes); s++) {
@@ -78,7 +78,8 @@ static void conv(void)
         double *truth = check_host((size_t)n * sizeof *truth);
         lr_ref_conv(&host, truth);
         float *y = run_conv(args, in, layouts[0], args.n_rows);
-        for (int64_t i = 0; i < n; i++) { /* beside a huge input nothing is left of the others: those are compared whole */
+        for (int64_t i = 0; i < n;
+             i++) { /* beside a huge input nothing is left of the others: those are compared whole */
             int huge = 0;
             for (int64_t w = 0; w < args.n_taps && i - w * args.n_channels >= 0; w++)
                 huge |= fabsf(x[i - w * args.n_channels]) > 1e6f;
@@ -120,8 +121,13 @@ static void conv_step(void)
     lr_cuda_conv_step(&check.exec, &args);
     float *y = fetch(args.y, FORKS, CHANNELS, layouts[2]);
     for (int i = 0; i < FORKS; i++) {
-        struct lr_conv_args host = {.x = x + i * CHANNELS, .w = w, .tail = history[i], .n_rows = 1,
-                                    .n_channels = CHANNELS, .n_taps = TAPS, .activation = LR_ACT_SILU};
+        struct lr_conv_args host = {.x = x + i * CHANNELS,
+                                    .w = w,
+                                    .tail = history[i],
+                                    .n_rows = 1,
+                                    .n_channels = CHANNELS,
+                                    .n_taps = TAPS,
+                                    .activation = LR_ACT_SILU};
         double truth[CHANNELS];
         lr_ref_conv(&host, truth);
         check_bf16("y", y + i * CHANNELS, truth, CHANNELS, 1e-5);

@@ -71,7 +71,8 @@ static void rope_table_long(void)
     same_floats("sin", want_sin, check_download_f32(sin, n), n);
 }
 
-static float *run_gate(struct lr_sigmoid_gate_args args, const float *x, const float *gate, struct layout l, int64_t part)
+static float *
+run_gate(struct lr_sigmoid_gate_args args, const float *x, const float *gate, struct layout l, int64_t part)
 {
     int64_t n_rows = args.n_rows, width = args.n_heads * args.head_dim;
     uint16_t *rows = place(x, n_rows, width, l);
@@ -126,7 +127,8 @@ struct gates {
     float *beta, *g;
 };
 
-static struct gates run_gates(struct lr_delta_gates_args args, const float *ba, int64_t width, struct layout l, int64_t part)
+static struct gates
+run_gates(struct lr_delta_gates_args args, const float *ba, int64_t width, struct layout l, int64_t part)
 {
     int64_t n_rows = args.n_rows, n = n_rows * args.n_heads;
     const uint16_t *rows = place(ba, n_rows, width, l);
@@ -179,8 +181,7 @@ static void delta_gates(void)
             for (int64_t i = 0; i < n; i++)
                 check_that(whole.g[i] <= 0.0f && isfinite(whole.g[i]), "g is finite and not above 0", i);
             for (int l = 0; l < 2 * CHECK_COUNT(layouts); l++) {
-                struct gates other =
-                    run_gates(args, ba, width, layouts[l / 2], l % 2 ? 1 + n_rows / (l + 1) : n_rows);
+                struct gates other = run_gates(args, ba, width, layouts[l / 2], l % 2 ? 1 + n_rows / (l + 1) : n_rows);
                 same_floats("beta in another layout", whole.beta, other.beta, n);
                 same_floats("g in another layout", whole.g, other.g, n);
             }

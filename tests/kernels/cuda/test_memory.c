@@ -80,7 +80,8 @@ static void reserve_zeroes(void)
     size_t available = lr_cuda_memory.available();
     check_that(available > 1u << 30, "available", (long long)available);
     enum lr_status status = lr_cuda_memory.reserve(available * 2, &base, &err);
-    check_that(status == LR_NO_MEMORY && strstr(err.message, "GiB") != NULL, "too much is refused with numbers", status);
+    check_that(status == LR_NO_MEMORY && strstr(err.message, "GiB") != NULL, "too much is refused with numbers",
+               status);
 }
 
 static void rows_are_copied(void)
@@ -127,7 +128,8 @@ static void idle_ends_a_wait(void)
         lr_cuda_memory.copy(&check.exec, a, b, size);
     lr_cuda_set_idle(&check.exec, give_up, &n_calls);
     enum lr_status status = lr_cuda_memory.wait(&check.exec, &err);
-    check_that(status == LR_TIMEOUT && strcmp(err.message, "the deadline is over") == 0, "the hook ends the wait", status);
+    check_that(status == LR_TIMEOUT && strcmp(err.message, "the deadline is over") == 0, "the hook ends the wait",
+               status);
     lr_cuda_set_idle(&check.exec, NULL, NULL);
     check_ok(lr_cuda_memory.wait(&check.exec, &err), &err);
     lr_cuda_memory.release(a, size);

@@ -1,5 +1,5 @@
-/* rmsnorm, gated_rmsnorm, norm_rope, l2norm against float64: sizes that fill a spread and sizes that do not, aligned and
- * not, rows alone and together. */
+/* rmsnorm, gated_rmsnorm, norm_rope, l2norm against float64: sizes that fill a spread and sizes that do not, aligned
+ * and not, rows alone and together. */
 #include "tests/kernels/cuda/rows.h"
 
 /* Row 1 tiny, row 2 huge, row 3 zero: norms forgive all of them. */
@@ -33,9 +33,9 @@ static float *run_rmsnorm(struct lr_rmsnorm_args args, const float *x, const flo
 
 static void rmsnorm(void)
 {
-    static const int64_t shapes[][2] = {{1, 1},     {5, 7},     {9, 64},   {17, 255},  {17, 256},  {3, 257},  {300, 512},
-                                        {7, 1000},  {5, 1024},  {5, 1028}, {33, 2048}, {6, 2052},  {4, 4096}, {3, 5120},
-                                        {2, 8192},  {2, 8193},  {3, 20000}};
+    static const int64_t shapes[][2] = {{1, 1},     {5, 7},    {9, 64},   {17, 255}, {17, 256},  {3, 257},
+                                        {300, 512}, {7, 1000}, {5, 1024}, {5, 1028}, {33, 2048}, {6, 2052},
+                                        {4, 4096},  {3, 5120}, {2, 8192}, {2, 8193}, {3, 20000}};
     uint64_t seed = 11;
     for (int s = 0; s < CHECK_COUNT(shapes); s++) {
         int64_t n_rows = shapes[s][0], n = shapes[s][1];
@@ -64,12 +64,12 @@ struct heads_shape {
 };
 
 static const struct heads_shape heads_shapes[] = {
-    {1, 1, 1},    {1, 1, 128},  {5, 3, 7},   {33, 2, 32},   {33, 5, 64},  {65, 3, 72},  {129, 16, 128}, {7, 32, 128},
-    {3, 7, 200},  {31, 4, 256}, {9, 3, 264}, {5, 2, 512},   {4, 3, 515},  {3, 1, 1024}, {2, 2, 1000},
+    {1, 1, 1},   {1, 1, 128},  {5, 3, 7},   {33, 2, 32}, {33, 5, 64}, {65, 3, 72},  {129, 16, 128}, {7, 32, 128},
+    {3, 7, 200}, {31, 4, 256}, {9, 3, 264}, {5, 2, 512}, {4, 3, 515}, {3, 1, 1024}, {2, 2, 1000},
 };
 
-static float *run_gated(struct lr_gated_rmsnorm_args args, const float *x, const float *z, const float *w,
-                        struct layout l, int64_t part)
+static float *run_gated(
+    struct lr_gated_rmsnorm_args args, const float *x, const float *z, const float *w, struct layout l, int64_t part)
 {
     int64_t n_rows = args.n_rows, width = args.n_heads * args.head_dim;
     uint16_t *rows = place(x, n_rows, width, l), *gate = place(z, n_rows, width, l);
@@ -135,7 +135,8 @@ static void l2norm(void)
     for (int s = 0; s < CHECK_COUNT(heads_shapes); s++) {
         struct heads_shape shape = heads_shapes[s];
         int64_t width = shape.n_heads * shape.head_dim, n = shape.n_rows * width;
-        LABEL("l2norm %lld x %lld x %lld", (long long)shape.n_rows, (long long)shape.n_heads, (long long)shape.head_dim);
+        LABEL("l2norm %lld x %lld x %lld", (long long)shape.n_rows, (long long)shape.n_heads,
+              (long long)shape.head_dim);
         float *x = take_rows(shape.n_rows, width, 1, &seed);
         struct lr_l2norm_args args = {.n_rows = shape.n_rows,
                                       .n_heads = shape.n_heads,

@@ -37,7 +37,8 @@ static void block_summary(void)
     enum { N = CHECK_COUNT(n_keys) };
     uint64_t seed = 41;
     for (int i = 0; i < CHECK_COUNT(shapes); i++) {
-        struct lr_kv_shape s = {.n_heads = shapes[i][0], .n_kv_heads = shapes[i][0], .head_dim = shapes[i][1], .dtype = LR_F32};
+        struct lr_kv_shape s = {
+            .n_heads = shapes[i][0], .n_kv_heads = shapes[i][0], .head_dim = shapes[i][1], .dtype = LR_F32};
         int64_t n = N * s.n_kv_heads * s.head_dim;
         LABEL("block_summary %lld heads of %lld", (long long)s.n_kv_heads, (long long)s.head_dim);
         struct lr_kv_ref refs[N], cpu_refs[N];
@@ -121,8 +122,8 @@ static int32_t *run_select(const struct selection *in, struct layout l, int64_t 
     return host;
 }
 
-/* Are these the best? Every one that is chosen is as good, but for rounding, as every one that is not; with ties in exact
- * arithmetic (sums of small integers) the lower block goes first. */
+/* Are these the best? Every one that is chosen is as good, but for rounding, as every one that is not; with ties in
+ * exact arithmetic (sums of small integers) the lower block goes first. */
 static void check_choice(const struct select_case *c, const double *scores, const int32_t *chosen, int64_t query_block)
 {
     int64_t reach = (c->position / BLOCK + query_block) * BLOCK - c->window, n = 0, i = 0;
@@ -174,13 +175,18 @@ static void block_select(void)
         struct selection in = {.q = q, .means = check_device_copy(means, (size_t)n_means * 4)};
         in.args = (struct lr_block_select_args){
             .shape = {.n_heads = c.n_heads, .n_kv_heads = c.n_kv_heads, .head_dim = c.head_dim, .dtype = LR_BF16},
-            .n_rows = c.n_rows, .position = c.position, .window = c.window, .sinks = c.sinks,
-            .n_blocks = c.n_blocks, .top_k = c.top_k};
+            .n_rows = c.n_rows,
+            .position = c.position,
+            .window = c.window,
+            .sinks = c.sinks,
+            .n_blocks = c.n_blocks,
+            .top_k = c.top_k};
         int32_t *chosen = run_select(&in, layouts[0], c.n_rows);
         double *scores = check_host((size_t)(c.n_blocks + 1) * sizeof *scores);
         double *sum = check_host((size_t)c.head_dim * sizeof *sum);
         for (int64_t pair = 0; pair < n_query_blocks * c.n_kv_heads; pair++) {
-            int64_t first = pair / c.n_kv_heads * BLOCK, kv_head = pair % c.n_kv_heads, group = c.n_heads / c.n_kv_heads;
+            int64_t first = pair / c.n_kv_heads * BLOCK, kv_head = pair % c.n_kv_heads,
+                    group = c.n_heads / c.n_kv_heads;
             memset(sum, 0, (size_t)c.head_dim * sizeof *sum);
             for (int64_t row = first; row < first + BLOCK && row < c.n_rows; row++)
                 for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h++)
@@ -205,13 +211,15 @@ static void block_select(void)
 static void page_bounds(void)
 {
     /* heads, KV heads, head_dim, rows, pages */
-    static const int64_t shapes[][5] = {{1, 1, 1, 1, 1},    {4, 2, 64, 3, 77},   {8, 2, 128, 17, 33}, {16, 2, 256, 9, 100},
-                                        {6, 3, 40, 5, 1000}, {2, 1, 512, 2, 50}, {2, 2, 1024, 20, 9}, {4, 1, 77, 11, 12}};
+    static const int64_t shapes[][5] = {{1, 1, 1, 1, 1},      {4, 2, 64, 3, 77},   {8, 2, 128, 17, 33},
+                                        {16, 2, 256, 9, 100}, {6, 3, 40, 5, 1000}, {2, 1, 512, 2, 50},
+                                        {2, 2, 1024, 20, 9},  {4, 1, 77, 11, 12}};
     uint64_t seed = 43;
     for (int i = 0; i < CHECK_COUNT(shapes); i++) {
-        struct lr_page_bounds_args args = {.shape = {.n_heads = shapes[i][0], .n_kv_heads = shapes[i][1],
-                                                     .head_dim = shapes[i][2], .dtype = LR_BF16},
-                                           .n_rows = shapes[i][3], .n_pages = shapes[i][4]};
+        struct lr_page_bounds_args args = {
+            .shape = {.n_heads = shapes[i][0], .n_kv_heads = shapes[i][1], .head_dim = shapes[i][2], .dtype = LR_BF16},
+            .n_rows = shapes[i][3],
+            .n_pages = shapes[i][4]};
         struct lr_kv_shape s = args.shape;
         int64_t width = s.n_heads * s.head_dim, n = args.n_rows * s.n_kv_heads * args.n_pages;
         int64_t n_keys = args.n_pages * s.n_kv_heads * s.head_dim;
