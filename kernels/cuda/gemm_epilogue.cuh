@@ -6,7 +6,7 @@
  * bf16, 64 rows:  through shared memory, from which the copy engine writes while the warpgroup multiplies on
  * bf16, fewer:    the copy engine would overwrite the next expert's rows. Quads of lanes exchange four pieces of 8
  *                 columns, after which every lane stores 16 bytes and a quad 64 bytes of a row in one instruction
- * float32:        a quad has 32 bytes of a row; the residual is added by the memory (every element once: no order)
+ * float32:        a quad has 32 bytes of a row
  *
  * Device code only. */
 #ifndef LR_KERNELS_CUDA_GEMM_EPILOGUE_CUH
@@ -21,7 +21,10 @@ namespace lr
 #ifndef DIRECT
 #define DIRECT 0
 #endif
-constexpr int STAGING_COLUMNS = 128;
+#ifndef STAGING
+#define STAGING 128
+#endif
+constexpr int STAGING_COLUMNS = STAGING;
 constexpr int STAGING_BYTES = 64 * STAGING_COLUMNS * 2; /* of a warpgroup */
 
 enum class output_kind { BF16, F32, SWIGLU };
@@ -152,10 +155,19 @@ static __device__ __forceinline__ void store_pieces(const product_params &p, con
         }
 }
 
-/* y += (a, b), by the memory: nothing comes back, so nobody waits. */
-static __device__ __forceinline__ void add_pair(float *y, float a, float b)
+/* Asks for the rows of y that a block will add to, long before it does: from device memory they would come too late. */
+template <int N>
+static __device__ __forceinline__ void prefetch_rows(const product_params &p, int64_t row, int n_rows, int first_column)
 {
-    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(y), "f"(a), "f"(b) : "memory");
+    constexpr int LINE = 32; /* floats of 128 bytes */
+    const int thread = threadIdx.x % 128;
+#pragma unroll
+    for (int i = 0; i < 64 * N / LINE / 128; i++) {
+        const int r = (thread + 128 * i) / (N / LINE), column = first_column + (thread + 128 * i) % (N / LINE) * LINE;
+        if (r < n_rows && column < p.n_columns)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const float *>(p.y) + (row + r) * p.y_stride + column)
+                         : "memory");
+    }
 }
 
 /* float32 in pairs: a quad covers a sector of 32 bytes. */
@@ -164,20 +176,29 @@ static __device__ __forceinline__ void store_pairs(const product_params &p, cons
                                                    int n_rows, int first_column)
 {
     const int lane = threadIdx.x % 32, own_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    constexpr int BATCH = 8; /* pairs read before the first is written */
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int r = own_row + 8 * h, column = first_column + 2 * (lane % 4);
         float *y = static_cast<float *>(p.y) + (row + r) * p.y_stride + column;
         const int n_columns = r < n_rows ? p.n_columns - column : 0;
 #pragma unroll
-        for (int block = 0; block < N / 8; block++) {
-            const float *pair = &sum[4 * block + 2 * h];
-            if (8 * block >= n_columns)
-                continue;
-            if (p.accumulate)
-                add_pair(y + 8 * block, pair[0], pair[1]);
-            else
-                *reinterpret_cast<float2 *>(y + 8 * block) = make_float2(pair[0], pair[1]);
+        for (int block = 0; block < N / 8; block += BATCH) {
+            float2 value[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                value[i] = make_float2(0.0f, 0.0f);
+                if (p.accumulate && 8 * (block + i) < n_columns)
+                    value[i] = *reinterpret_cast<const float2 *>(y + 8 * (block + i));
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                const float *pair = &sum[4 * (block + i) + 2 * h];
+                value[i] = p.accumulate ? make_float2(value[i].x + pair[0], value[i].y + pair[1])
+                                        : make_float2(pair[0], pair[1]);
+                if (8 * (block + i) < n_columns)
+                    *reinterpret_cast<float2 *>(y + 8 * (block + i)) = value[i];
+            }
         }
     }
 }
@@ -234,7 +255,7 @@ static __device__ __forceinline__ void store_tile(const product_params &p, float
             sum[i] = (GENERAL ? activate(sum[i], p.activation) : silu(sum[i])) * sum[SIZE / 2 + i];
     } else {
         add_bias(p, sum, first_column);
-        if constexpr (GENERAL) {
+        if (GENERAL && p.activation != LR_ACT_NONE) {
 #pragma unroll
             for (int i = 0; i < SIZE; i++)
                 sum[i] = activate(sum[i], p.activation);

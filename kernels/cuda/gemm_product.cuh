@@ -46,7 +46,7 @@ template <int BLOCKS_, int COLUMNS_, int CLUSTER_> struct product_shape {
     static constexpr int ROWS = CONSUMERS * BLOCKS * BLOCK_ROWS;
     static constexpr int A_BYTES = ROWS * TILE_K * 2, B_BYTES = COLUMNS * TILE_K * 2;
     static constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
-    static constexpr int N_STAGES = (COLUMNS > 64 ? 192 : 176) * 1024 / STAGE_BYTES;
+    static constexpr int N_STAGES = (226 * 1024 - CONSUMERS * STAGING_BYTES - (COLUMNS > 64 ? 0 : 16384)) / STAGE_BYTES;
     static constexpr int BYTES = CONSUMERS * STAGING_BYTES + N_STAGES * (STAGE_BYTES + 2 * 8);
     static constexpr int MAX_EXPERTS = (227 * 1024 - BYTES) / 4 - 1; /* the list of tiles follows */
 };
@@ -104,8 +104,14 @@ template <int ROWS> struct tile_walk {
         const int group = local / (GROUP * n_column_tiles);
         const int in_group = local - group * GROUP * n_column_tiles;
         const int group_tiles = min(GROUP, n_row_tiles - group * GROUP);
+#if ORDER == 1
+        const int row_tile = group * GROUP + in_group / n_column_tiles;
+        t.column_tile = in_group % n_column_tiles;
+        (void)group_tiles;
+#else
         t.column_tile = in_group / group_tiles;
         const int row_tile = group * GROUP + in_group - t.column_tile * group_tiles;
+#endif
         const int64_t first = offsets != nullptr ? __ldg(offsets + expert) - __ldg(offsets) : 0;
         const int64_t end = offsets != nullptr ? __ldg(offsets + expert + 1) - __ldg(offsets) : n_rows;
         t.row = first + static_cast<int64_t>(row_tile) * ROWS;
@@ -227,6 +233,13 @@ static __device__ __forceinline__ void compute(const product_params &p, const ti
                                                ring<SHAPE> &ring)
 {
     float sum[N][SHAPE::COLUMNS / 2];
+    if (OUTPUT == output_kind::F32 && p.accumulate) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int first = (consumer + i * CONSUMERS) * BLOCK_ROWS;
+            prefetch_rows<SHAPE::COLUMNS>(p, t.row + first, min(t.n_rows - first, BLOCK_ROWS), column);
+        }
+    }
     multiply<N, SHAPE>(sum, p.n_steps, consumer, ring);
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -322,6 +335,12 @@ static cudaError_t launch_product(cudaStream_t stream, int n_multiprocessors, pr
     p.n_column_tiles = static_cast<int>(divide_up(p.n_columns, COLUMNS * SHAPE::CLUSTER));
     const int64_t n_tiles = (p.n_rows / SHAPE::ROWS + n_row_ends) * p.n_column_tiles;
     const int64_t n_clusters = n_multiprocessors / SHAPE::CLUSTER;
+#ifndef CLUSTER_ATTRIBUTE
+    if (SHAPE::CLUSTER == 1) {
+        kernel<<<static_cast<unsigned>(n_tiles < n_clusters ? n_tiles : n_clusters), PRODUCT_THREADS, n_bytes, stream>>>(p);
+        return cudaGetLastError();
+    }
+#endif
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = SHAPE::CLUSTER;

@@ -35,12 +35,14 @@ template <int LANES> static __device__ __forceinline__ float lanes_sum(float x)
 
 template <int LANES> static __device__ __forceinline__ unsigned lanes_max(unsigned x)
 {
-    if constexpr (LANES == 32)
+    if constexpr (LANES == 32) {
         return __reduce_max_sync(ALL, x);
+    } else {
 #pragma unroll
-    for (int step = LANES / 2; step > 0; step /= 2)
-        x = max(x, __shfl_xor_sync(ALL, x, step));
-    return x;
+        for (int step = LANES / 2; step > 0; step /= 2)
+            x = max(x, __shfl_xor_sync(ALL, x, step));
+        return x;
+    }
 }
 
 /* Orders like p; 0 for what cannot be chosen: taken (-1) or a NaN. */
