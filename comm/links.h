@@ -68,8 +68,9 @@ LR_MUST_USE enum lr_status lr_links_open_nccl(struct lr_comm *host,
 void lr_links_close(struct lr_comm *links);
 
 /* Ends what is in flight on this worker's device, so that waiting for the device ends too, and gives up everything.
- * Bounded time, without the others; `host` stays as it is. Links are then good for nothing but lr_links_close. For the
- * way out after a failure of whatever kind, before lr_comm_abort of the host communicator. */
+ * Bounded time, without the others. Links are then good for nothing but lr_links_close; `host` may still be used, but
+ * what was in flight on it stays there, so that the way out is lr_comm_abort. Called before that after a failure of
+ * whatever kind. */
 void lr_links_abort(struct lr_comm *links);
 
 #endif

@@ -196,6 +196,28 @@ static enum lr_status die_barrier(struct lr_error *err)
     return lr_comm_barrier(comm, "layer 7 experts", err);
 }
 
+/* Links are given up in the middle of a transfer: the device ends all the same, and the world goes on until it is
+ * ended. */
+static enum lr_status give_links_up(struct lr_error *err)
+{
+    enum { SIZE_BYTES = 1 << 20 };
+    size_t sizes[LR_COMM_MAX_WORKERS];
+    struct lr_comm_request request = {0};
+    for (int r = 0; r < comm->size; r++)
+        sizes[r] = SIZE_BYTES;
+    unsigned char *data = take_buffer(SIZE_BYTES), *received = take_buffer((size_t)SIZE_BYTES * (size_t)comm->size);
+    LR_TRY(lr_comm_all_gather_v_start(comm, "given up", data, sizes, received, &request, err));
+    lr_links_abort(&links);
+    lr_links_abort(&links);
+    enum lr_status status = lr_comm_wait(&links, &request, err);
+    must_fail(lr_comm_check(&links, err), LR_CANCELLED, "a check after an abort");
+    lr_links_close(&links);
+    comm = &world;
+    must(wait_for_device(err), "the device after an abort", err);
+    must(lr_comm_barrier(&world, "after an abort", err), "barrier", err);
+    return status != LR_CANCELLED ? status : lr_fail(err, status, "the links were given up");
+}
+
 static enum lr_status close_alone(struct lr_error *err)
 {
     (void)err;
@@ -227,6 +249,7 @@ static const struct failure failures[] = {
     {"late-payload", late_payload, 1500, 1, 4},
     {"stopped", stopped_barrier, 1500, 1, 4},
     {"die", die_barrier, 60000, 1, 5},
+    {"given-up", give_links_up, 20000, -1, 6},
     {"unclosed", close_alone, 1500, 1, 0},
     {"absent", close_alone, 1500, 1, 0},
 };
@@ -286,19 +309,6 @@ static int run_long(void)
     }
     lr_links_close(&links);
     lr_comm_close(&world);
-    return 0;
-}
-
-static int run_all(void)
-{
-    collectives_check();
-    uint64_t n_collectives = comm->stats.n_collectives;
-    int rank = comm->rank, size = comm->size;
-    const char *transport = lr_comm_transport(comm);
-    lr_links_close(&links);
-    lr_comm_close(&world);
-    if (rank == 0)
-        printf("comm_worker: %d workers agree on %" PRIu64 " collectives over %s\n", size, n_collectives, transport);
     return 0;
 }
 
@@ -379,6 +389,19 @@ static void set_deadline(const struct options *options, int64_t timeout_ms)
 {
     int is_nccl = options->links && strcmp(options->links, "nccl") == 0;
     world.timeout_ms = links.timeout_ms = is_nccl && timeout_ms == 20000 ? 3000 : timeout_ms;
+}
+
+static int run_all(void)
+{
+    collectives_check();
+    uint64_t n_collectives = comm->stats.n_collectives;
+    int rank = comm->rank, size = comm->size;
+    const char *transport = lr_comm_transport(comm);
+    lr_links_close(&links);
+    lr_comm_close(&world);
+    if (rank == 0)
+        printf("comm_worker: %d workers agree on %" PRIu64 " collectives over %s\n", size, n_collectives, transport);
+    return 0;
 }
 
 int main(int n_arguments, char **arguments)

@@ -62,6 +62,10 @@ case $failure in
         all_said "'layer 7 experts'"
         all_said "' without a word from worker 1 (host "
         ;;
+    given-up)
+        exits_with 6
+        all_said "[cancelled] the links were given up"
+        ;;
     die)
         [ "$code" -ne 0 ] && [ "$code" -ne 124 ] || fail "exit $code"
         heard "worker 1 \(host [^ ]+, process [0-9]+\).* (is|are) gone"

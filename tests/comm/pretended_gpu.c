@@ -226,8 +226,11 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, i
     return cudaStreamCreateWithFlags(stream, flags);
 }
 
+/* What is on the stream is done first, as far as the others let it. */
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
+    while (stream->first < stream->end)
+        progress();
     for (int i = 0; i < n_streams; i++)
         if (streams[i] == stream)
             streams[i--] = streams[--n_streams];
@@ -255,9 +258,10 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags)
     return *event ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 
+/* Streams may still wait for it: it stays. */
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
-    free(event);
+    (void)event;
     return cudaSuccess;
 }
 
