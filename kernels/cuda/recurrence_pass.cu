@@ -239,11 +239,6 @@ static __device__ __forceinline__ void produce(const recurrence_params &p, const
         next[1] = row + 1 < span.end ? log2_decay(p, row + 1, head) : 0.0f;
     };
 
-    if (DELTA) {
-        for (int i = 0; i < N_STAGES; i++) {
-            clear_above_inverse(stages + i * layout::STAGE_BYTES + layout::T_OFFSET, thread);
-        }
-    }
     for (int i = 0; i < N_STAGES - 1; i++) {
         issue(i);
     }
@@ -539,6 +534,11 @@ static __global__ void __launch_bounds__(128 * (1 + ROW_BLOCKS), budget<ROW_BLOC
         }
         barrier_init(&sync.scores_full[0], 128);
         barrier_init(&sync.scores_full[1], 128);
+    }
+    if (DELTA && threadIdx.x < 128) {
+        for (int i = 0; i < N_STAGES; i++) {
+            clear_above_inverse(stages + i * layout::STAGE_BYTES + layout::T_OFFSET, threadIdx.x);
+        }
     }
     __syncthreads();
     if (threadIdx.x < 128) {
