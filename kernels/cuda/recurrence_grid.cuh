@@ -88,13 +88,16 @@ static __device__ __forceinline__ struct slot_range slots_of(const recurrence_pa
     return {begin / sub + sequence, (end - begin + sub - 1) / sub};
 }
 
-/* log2 of one token's decay. NaN stays NaN. */
-static __device__ __forceinline__ float log2_decay(const recurrence_params &p, int64_t row, int head)
+/* One token's gate as it lies in memory; 0, no decay, where there is none. */
+static __device__ __forceinline__ float gate_at(const recurrence_params &p, int64_t row, int64_t end, int head)
 {
-    if (p.g == nullptr) {
-        return 0.0f;
-    }
-    const float x = p.g[row * p.n_v_heads + head] * LOG2_E;
+    return p.g != nullptr && row < end ? p.g[row * p.n_v_heads + head] : 0.0f;
+}
+
+/* log2 of the decay exp(g). NaN stays NaN. */
+static __device__ __forceinline__ float log2_decay(float g)
+{
+    const float x = g * LOG2_E;
     return x < LOWEST_LOG2_DECAY ? LOWEST_LOG2_DECAY : x;
 }
 

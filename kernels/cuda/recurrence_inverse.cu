@@ -177,8 +177,8 @@ static __device__ __forceinline__ void sum_log_decays(float *sums, const recurre
                                                       int head, int lane)
 {
     const int64_t first_row = row + 2 * lane;
-    const float first = first_row < end ? log2_decay(p, first_row, head) : 0.0f;
-    float sum = first + (first_row + 1 < end ? log2_decay(p, first_row + 1, head) : 0.0f);
+    const float first = log2_decay(gate_at(p, first_row, end, head));
+    float sum = first + log2_decay(gate_at(p, first_row + 1, end, head));
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
         const float below = __shfl_up_sync(0xffffffffu, sum, step);

@@ -232,31 +232,29 @@ static __device__ __forceinline__ void produce(const recurrence_params &p, const
         }
     };
 
+    /* Gates of the next chunk: loaded a chunk ahead, not touched before they are due. */
     float next[2] = {0.0f, 0.0f};
-    auto fetch_decays = [&](int chunk) {
+    auto fetch_gates = [&](int chunk) {
         const int64_t row = span.first + static_cast<int64_t>(chunk) * CHUNK + 2 * lane;
-        next[0] = row < span.end ? log2_decay(p, row, head) : 0.0f;
-        next[1] = row + 1 < span.end ? log2_decay(p, row + 1, head) : 0.0f;
+        next[0] = gate_at(p, row, span.end, head);
+        next[1] = gate_at(p, row + 1, span.end, head);
     };
 
-    if (DELTA) {
-        for (int i = 0; i < N_STAGES; i++) {
-            clear_above_inverse(stages + i * layout::STAGE_BYTES + layout::T_OFFSET, thread);
-        }
-    }
     for (int i = 0; i < N_STAGES - 1; i++) {
         issue(i);
     }
     float total = 0.0f;
     if (thread < 32) {
-        fetch_decays(0);
+        fetch_gates(0);
     }
     for (int i = 0; i < n_chunks; i++) {
         const int s = i % N_STAGES;
         if (thread < 32) {
-            total += sum_decays(&sync->decays[s], next[0], next[1], OUTPUT && !DELTA ? p.scale : 1.0f, lane);
+            const float first = log2_decay(next[0]);
+            const float second = log2_decay(next[1]);
+            fetch_gates(i + 1);
+            total += sum_decays(&sync->decays[s], first, second, OUTPUT && !DELTA ? p.scale : 1.0f, lane);
             barrier_arrive(&sync->full[s]);
-            fetch_decays(i + 1);
         }
         if (OUTPUT) {
             const uint32_t stage = shared_address(stages + s * layout::STAGE_BYTES);
@@ -539,6 +537,11 @@ static __global__ void __launch_bounds__(128 * (1 + ROW_BLOCKS), budget<ROW_BLOC
         }
         barrier_init(&sync.scores_full[0], 128);
         barrier_init(&sync.scores_full[1], 128);
+    }
+    if (DELTA && threadIdx.x < 128) {
+        for (int i = 0; i < N_STAGES; i++) {
+            clear_above_inverse(stages + i * layout::STAGE_BYTES + layout::T_OFFSET, threadIdx.x);
+        }
     }
     __syncthreads();
     if (threadIdx.x < 128) {

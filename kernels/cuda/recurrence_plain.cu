@@ -68,7 +68,7 @@ static __global__ void __launch_bounds__(32 * PLAIN_WARPS) plain_kernel(const re
             q[i] = OUTPUT && row < p.dk ? __bfloat162float(p.q[t * p.q_stride + key_offset + row]) : 0.0f;
             k_q = fmaf(k[i], q[i], k_q);
         }
-        const float log_decay = log2_decay(p, t, head);
+        const float log_decay = log2_decay(gate_at(p, t, span.end, head));
         const float decay = exp2f(log_decay);
         const float beta = DELTA ? p.beta[t * p.n_v_heads + head] : 1.0f;
         total += log_decay;

@@ -372,7 +372,8 @@ static void segment_slots(void)
     struct lr_delta_fold_args fold = {s, d_m, d_b, d_in, d_out};
     lr_cuda_delta_fold(&check.exec, &fold);
     lr_cuda_delta_output(&check.exec, &args, d_in, d_o, width);
-    check_norm("m", check_download_f32(d_m, state), 1, m, state, 1, TOLERANCE);
+    /* of an M that has shrunk chunk after chunk: its relative error grows with the root of their number */
+    check_norm("m", check_download_f32(d_m, state), 1, m, state, 1, 4.0 * TOLERANCE);
     check_norm("b", check_download_f32(d_b, state), 1, b, state, 1, TOLERANCE);
     check_norm("s_out", check_download_f32(d_out, state), 1, s_out, state, 1, TOLERANCE);
     check_norm("o", check_download_bf16(d_o, N * width), width, o, N, width, TOLERANCE);
