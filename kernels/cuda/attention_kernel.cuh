@@ -65,31 +65,30 @@ static __device__ __forceinline__ int clamp_key(int64_t key)
     return key < 0 ? 0 : key > BLOCK ? BLOCK : static_cast<int>(key);
 }
 
-/* Scores of keys that a row may not see become -inf: it sees [from, to), and those below `sinks`. */
+/* Scores of keys that a row may not see become -inf: it sees those below `to`, but, with a window, none in [sinks, from). */
 template <int KEYS>
 static __device__ __forceinline__ void mask_scores(float (&score)[KEYS / 2], const lr_cuda_fold &a, const step_note &note,
                                                    int64_t position_0, int64_t position_1, int column)
 {
+    const bool windowed = a.window > 0 && !(note.flags & STEP_WHOLE);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int64_t position = r == 0 ? position_0 : position_1;
-        int to = clamp_key(position + 1 - note.position), from = 0, sinks = 0;
-        to = to < note.n_keys ? to : note.n_keys;
-        if (a.window > 0 && !(note.flags & STEP_WHOLE)) {
-            from = clamp_key(position - a.window + 1 - note.position);
-            sinks = clamp_key(a.sinks - note.position);
-        }
-        to -= column;
-        from -= column;
-        sinks -= column;
+        int to = clamp_key(position + 1 - note.position);
+        to = (to < note.n_keys ? to : note.n_keys) - column;
 #pragma unroll
-        for (int i = 0; i < KEYS / 8; i++)
+        for (int i = 0; i < KEYS / 4; i++)
+            if (8 * (i / 2) + i % 2 >= to)
+                score[4 * (i / 2) + 2 * r + i % 2] = -INFINITY;
+        if (!windowed)
+            continue;
+        const int from = clamp_key(position - a.window + 1 - note.position) - column;
+        const int sinks = clamp_key(a.sinks - note.position) - column;
+        const uint32_t hidden = from > sinks ? static_cast<uint32_t>(from - sinks) : 0;
 #pragma unroll
-            for (int c = 0; c < 2; c++) {
-                const int key = 8 * i + c;
-                if (key >= to || (key < from && key >= sinks))
-                    score[4 * i + 2 * r + c] = -INFINITY;
-            }
+        for (int i = 0; i < KEYS / 4; i++)
+            if (static_cast<uint32_t>(8 * (i / 2) + i % 2 - sinks) < hidden)
+                score[4 * (i / 2) + 2 * r + i % 2] = -INFINITY;
     }
 }
 

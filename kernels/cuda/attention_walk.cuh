@@ -108,13 +108,14 @@ struct walk {
 static __device__ __forceinline__ walk make_walk(const lr_cuda_fold &a, const tile &t)
 {
     const lr_cuda_list list = a.lists[t.rows.list + t.kv_head * t.rows.list_step];
-    walk w = {list.refs, list.n_refs, 0, a.position + t.first, a.position + t.last, a.window, a.sinks};
+    const uint64_t refs = list.refs + (list.relative ? reinterpret_cast<uint64_t>(a.packet) : 0);
+    walk w = {reinterpret_cast<const lr_kv_ref *>(refs), list.n_refs, 0, a.position + t.first, a.position + t.last, a.window, a.sinks};
     if (a.positions != nullptr) {
         w.first_position = t.rows.first_position;
         w.last_position = t.rows.last_position;
     }
     if (list.dense && a.window > 0 && list.n_refs > 0) {
-        const int64_t reach = w.first_position - a.window + 1 - list.refs[0].position;
+        const int64_t reach = w.first_position - a.window + 1 - w.refs[0].position;
         w.jump = reach > 0 ? static_cast<int>(reach / BLOCK) : 0;
     }
     return w;
