@@ -21,9 +21,10 @@ extern "C" {
 
 /* A list in device memory. */
 struct lr_cuda_list {
-    const struct lr_kv_ref *refs;
+    uint64_t refs; /* address of its struct lr_kv_ref, or their offset in the packet */
     int32_t n_refs;
-    int32_t dense; /* 1: positions grow by 128 and no block is `whole`: the window's start can be computed */
+    int16_t dense; /* 1: positions grow by 128 and no block is `whole`: the window's start can be computed */
+    int16_t relative;
 };
 
 /* Rows that read the same lists. One for a whole call, one for each query block, or one for each item of partials. */
@@ -49,8 +50,9 @@ struct lr_cuda_fold {
     int64_t position;
     float scale;
     int64_t window, sinks;
-    const struct lr_cuda_list *lists; /* device memory */
-    const struct lr_cuda_rows *rows;  /* device memory */
+    const void *packet;               /* device memory, as all that follow */
+    const struct lr_cuda_list *lists;
+    const struct lr_cuda_rows *rows;
     int64_t n_groups;                 /* of rows */
     int64_t max_tokens;               /* the largest `end - origin` */
     int resume;                       /* 1: m, l, o are read, 0: they start empty */

@@ -5,7 +5,7 @@
  *
  * All items are one launch, so that a few rows over a million tokens fill the device. */
 #include "kernels/cuda/attention.h"
-#include "kernels/cuda/attention_lists.h"
+#include "kernels/cuda/attention_packet.h"
 
 #include <math.h>
 
@@ -48,7 +48,6 @@ static struct lr_cuda_rows rows_of(const struct lr_partials_args *args, const st
         r.first_position = args->positions[row] < r.first_position ? args->positions[row] : r.first_position;
         r.last_position = args->positions[row] > r.last_position ? args->positions[row] : r.last_position;
     }
-    r.list_step = item->n_lists > 1;
     return r;
 }
 
@@ -56,28 +55,23 @@ static struct lr_cuda_rows rows_of(const struct lr_partials_args *args, const st
 static int64_t fold_items(const struct lr_exec *exec, const struct lr_partials_args *args, struct lr_cuda_fold *fold,
                           int64_t first)
 {
-    struct lr_cuda_list_table table;
-    struct lr_cuda_rows rows[LR_CUDA_TABLE_LISTS];
-    int64_t n = 0, i = first;
-    lr_cuda_table_begin(&table);
+    struct lr_cuda_packet packet;
+    int64_t i = first;
+    lr_cuda_packet_begin(&packet);
     fold->max_tokens = 0;
     for (; i < args->n_items; i++) {
         const struct lr_partial_item *item = &args->items[i];
-        if (!lr_cuda_table_fits(&table, item->lists, item->n_lists))
+        if (!lr_cuda_packet_fits(&packet, item->lists, item->n_lists))
             break;
         if (item->n_rows == 0)
             continue;
-        rows[n] = rows_of(args, item);
-        rows[n++].list = lr_cuda_table_add(exec, &table, item->lists, item->n_lists);
+        lr_cuda_packet_add(exec, &packet, rows_of(args, item), item->lists, item->n_lists);
         fold->max_tokens = item->n_rows > fold->max_tokens ? item->n_rows : fold->max_tokens;
     }
-    if (n == 0)
-        return i;
-    fold->lists = lr_cuda_table_upload(exec, &table);
-    fold->rows = static_cast<const struct lr_cuda_rows *>(
-        lr_cuda_upload(exec, rows, static_cast<size_t>(n) * sizeof rows[0]));
-    fold->n_groups = n;
-    lr_cuda_fold_rows(exec, fold, "partials");
+    if (packet.n_rows > 0) {
+        lr_cuda_packet_upload(exec, &packet, args->positions, args->n_rows, fold);
+        lr_cuda_fold_rows(exec, fold, "partials");
+    }
     return i;
 }
 
@@ -96,8 +90,6 @@ void lr_cuda_partials(const struct lr_exec *exec, const struct lr_partials_args 
     fold.q_stride = args->q_stride;
     fold.q_head_stride = args->q_head_stride;
     fold.n_rows = args->n_rows;
-    fold.positions = static_cast<const int64_t *>(
-        lr_cuda_upload(exec, args->positions, static_cast<size_t>(args->n_rows) * sizeof *args->positions));
     fold.scale = args->scale;
     fold.m = args->m;
     fold.l = args->l;

@@ -1,6 +1,6 @@
 /* The table's slots around attention: storing keys and values in blocks, and folding listed blocks into rows. */
 #include "kernels/cuda/attention.h"
-#include "kernels/cuda/attention_lists.h"
+#include "kernels/cuda/attention_packet.h"
 #include "kernels/cuda/hopper.cuh"
 
 namespace lr
@@ -115,26 +115,20 @@ static int64_t fold_query_blocks(const struct lr_exec *exec, const struct lr_att
                                  struct lr_cuda_fold *fold, int64_t first, int64_t n_blocks)
 {
     const int64_t n_kv_heads = args->shape.n_kv_heads, lead = args->positions[0] % lr::TOKENS;
-    struct lr_cuda_list_table table;
-    struct lr_cuda_rows rows[LR_CUDA_TABLE_LISTS];
-    int64_t n = 0, block = first;
-    lr_cuda_table_begin(&table);
+    struct lr_cuda_packet packet;
+    int64_t block = first;
+    lr_cuda_packet_begin(&packet);
     for (; block < n_blocks; block++) {
         const struct lr_kv_list *lists = args->lists + block * n_kv_heads;
-        if (!lr_cuda_table_fits(&table, lists, n_kv_heads))
+        if (!lr_cuda_packet_fits(&packet, lists, n_kv_heads))
             break;
-        struct lr_cuda_rows *r = &rows[n++];
-        *r = {};
-        r->origin = block * lr::TOKENS - lead;
-        r->first = r->origin > 0 ? r->origin : 0;
-        r->end = r->origin + lr::TOKENS < args->n_rows ? r->origin + lr::TOKENS : args->n_rows;
-        r->list = lr_cuda_table_add(exec, &table, lists, n_kv_heads);
-        r->list_step = 1;
+        struct lr_cuda_rows r = {};
+        r.origin = block * lr::TOKENS - lead;
+        r.first = r.origin > 0 ? r.origin : 0;
+        r.end = r.origin + lr::TOKENS < args->n_rows ? r.origin + lr::TOKENS : args->n_rows;
+        lr_cuda_packet_add(exec, &packet, r, lists, n_kv_heads);
     }
-    fold->lists = lr_cuda_table_upload(exec, &table);
-    fold->rows = static_cast<const struct lr_cuda_rows *>(
-        lr_cuda_upload(exec, rows, static_cast<size_t>(n) * sizeof rows[0]));
-    fold->n_groups = n;
+    lr_cuda_packet_upload(exec, &packet, NULL, 0, fold);
     fold->max_tokens = lr::TOKENS;
     lr_cuda_fold_rows(exec, fold, "attention");
     return block;
@@ -142,17 +136,14 @@ static int64_t fold_query_blocks(const struct lr_exec *exec, const struct lr_att
 
 static void fold_all(const struct lr_exec *exec, const struct lr_attention_args *args, struct lr_cuda_fold *fold)
 {
-    const int64_t lead = args->positions[0] % lr::TOKENS;
+    struct lr_cuda_packet packet;
     struct lr_cuda_rows rows = {};
-    rows.origin = -lead;
+    rows.origin = -(args->positions[0] % lr::TOKENS);
     rows.end = args->n_rows;
-    struct lr_cuda_list_table table;
-    lr_cuda_table_begin(&table);
-    rows.list = lr_cuda_table_add(exec, &table, args->lists, 1);
-    fold->lists = lr_cuda_table_upload(exec, &table);
-    fold->rows = static_cast<const struct lr_cuda_rows *>(lr_cuda_upload(exec, &rows, sizeof rows));
-    fold->n_groups = 1;
-    fold->max_tokens = lead + args->n_rows;
+    lr_cuda_packet_begin(&packet);
+    lr_cuda_packet_add(exec, &packet, rows, args->lists, 1);
+    lr_cuda_packet_upload(exec, &packet, NULL, 0, fold);
+    fold->max_tokens = rows.end - rows.origin;
     lr_cuda_fold_rows(exec, fold, "attention");
 }
 

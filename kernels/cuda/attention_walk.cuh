@@ -27,7 +27,10 @@ template <int D, int C> struct tile_shape {
     static constexpr int PANELS = D / 64;
     static constexpr int ROWS = C * UNIT;
     static constexpr int HALF_BYTES = KEYS * D * 2; /* K or V of a step */
-    static constexpr int STAGES = D == 64 ? (C == 1 ? 3 : 4) : D == 256 && C == 2 ? 2 : 3;
+    static constexpr int STAGES = D == 64 ? (C == 1 ? 2 : 4) : D == 256 && C == 2 ? 2 : 3;
+    /* Heads of 64 channels get the row sums from the tensor cores, as 8 more columns of V that are all ones: there the
+     * other units are the limit. */
+    static constexpr int ONES_BYTES = D == 64 ? KEYS * 128 : 0;
     static constexpr int THREADS = (C + 1) * WARPGROUP;
     static constexpr int BLOCKS_EACH = D == 64 && C == 1 ? 2 : 1; /* thread blocks on a multiprocessor */
     static constexpr int PRODUCER_REGISTERS = C == 3 ? 32 : C == 2 ? 40 : 24;
@@ -47,6 +50,7 @@ template <int D, int C> struct attention_shared {
     alignas(1024) uint8_t q[shape::ROWS * D * 2];
     alignas(1024) uint8_t k[shape::STAGES][shape::HALF_BYTES];
     alignas(1024) uint8_t v[shape::STAGES][shape::HALF_BYTES];
+    alignas(1024) uint8_t ones[shape::ONES_BYTES + 16]; /* behind v, where its descriptors find them */
     step_note notes[shape::STAGES];
     uint64_t k_full[shape::STAGES], v_full[shape::STAGES], k_empty[shape::STAGES], v_empty[shape::STAGES];
     uint64_t q_full[C], q_empty[C];
@@ -108,13 +112,14 @@ struct walk {
 static __device__ __forceinline__ walk make_walk(const lr_cuda_fold &a, const tile &t)
 {
     const lr_cuda_list list = a.lists[t.rows.list + t.kv_head * t.rows.list_step];
-    walk w = {list.refs, list.n_refs, 0, a.position + t.first, a.position + t.last, a.window, a.sinks};
+    const uint64_t refs = list.refs + (list.relative ? reinterpret_cast<uint64_t>(a.packet) : 0);
+    walk w = {reinterpret_cast<const lr_kv_ref *>(refs), list.n_refs, 0, a.position + t.first, a.position + t.last, a.window, a.sinks};
     if (a.positions != nullptr) {
         w.first_position = t.rows.first_position;
         w.last_position = t.rows.last_position;
     }
     if (list.dense && a.window > 0 && list.n_refs > 0) {
-        const int64_t reach = w.first_position - a.window + 1 - list.refs[0].position;
+        const int64_t reach = w.first_position - a.window + 1 - w.refs[0].position;
         w.jump = reach > 0 ? static_cast<int>(reach / BLOCK) : 0;
     }
     return w;

@@ -13,8 +13,9 @@
 namespace lr
 {
 
-constexpr int MERGE_WARPS = 8;
+constexpr int MERGE_WARPS = 16;
 constexpr int MERGE_THREADS = 32 * MERGE_WARPS;
+constexpr int LANE_CHANNELS = 8; /* heads of up to 256 channels */
 
 static __device__ __forceinline__ float warp_max(float x)
 {
@@ -23,17 +24,20 @@ static __device__ __forceinline__ float warp_max(float x)
     return x;
 }
 
-__global__ void merge_bounds_kernel(const lr_merge_args a)
+__global__ void __launch_bounds__(MERGE_THREADS) merge_bounds_kernel(const lr_merge_args a)
 {
     const int64_t n = a.n_rows * a.n_heads, at = blockIdx.x;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float m = -INFINITY, bound = 0.0f;
+#pragma unroll 2
     for (int64_t p = warp; p < a.n_partials; p += MERGE_WARPS) {
         const float *o = a.o + (p * n + at) * a.head_dim;
         m = fmaxf(m, a.m[p * n + at]);
         bound = fmaxf(bound, a.l[p * n + at]);
-        for (int64_t d = lane; d < a.head_dim; d += 32)
-            bound = fmaxf(bound, fabsf(o[d]));
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; i++)
+            if (lane + 32 * i < a.head_dim)
+                bound = fmaxf(bound, fabsf(o[lane + 32 * i]));
     }
     __shared__ float all[2][MERGE_WARPS];
     bound = warp_max(bound);
@@ -42,42 +46,49 @@ __global__ void merge_bounds_kernel(const lr_merge_args a)
         all[1][warp] = bound;
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int i = 1; i < MERGE_WARPS; i++) {
-            m = fmaxf(m, all[0][i]);
-            bound = fmaxf(bound, all[1][i]);
+    if (warp == 0) {
+        m = warp_max(lane < MERGE_WARPS ? all[0][lane] : -INFINITY);
+        bound = warp_max(lane < MERGE_WARPS ? all[1][lane] : 0.0f);
+        if (lane == 0) {
+            a.bound[2 * at] = m;
+            a.bound[2 * at + 1] = bound;
         }
-        a.bound[2 * at] = m;
-        a.bound[2 * at + 1] = bound;
     }
 }
 
-__global__ void merge_accumulate_kernel(const lr_merge_args a)
+__global__ void __launch_bounds__(MERGE_THREADS) merge_accumulate_kernel(const lr_merge_args a)
 {
-    extern __shared__ unsigned long long sums[];
-    const int64_t n = a.n_rows * a.n_heads, at = blockIdx.x, width = a.head_dim + 1;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int64_t d = threadIdx.x; d < width; d += MERGE_THREADS)
+    __shared__ unsigned long long sums[32 * LANE_CHANNELS + 1];
+    const int64_t n = a.n_rows * a.n_heads, at = blockIdx.x;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = static_cast<int>(a.head_dim) + 1;
+    for (int d = threadIdx.x; d < width; d += MERGE_THREADS)
         sums[d] = 0;
     __syncthreads();
     const float top = a.bound[2 * at];
     int exponent;
     frexp(static_cast<double>(a.bound[2 * at + 1]) * static_cast<double>(a.n_partials_total), &exponent);
     const double scale = ldexp(1.0, 61 - exponent);
-    /* lane's channels, and l behind the last one */
-    for (int64_t d = lane; d < width; d += 32) {
-        long long sum = 0;
-        for (int64_t p = warp; p < a.n_partials; p += MERGE_WARPS) {
-            const float m = a.m[p * n + at];
-            if (m == -INFINITY)
-                continue;
-            const float x = d < a.head_dim ? a.o[(p * n + at) * a.head_dim + d] : a.l[p * n + at];
-            sum += __double2ll_rn(static_cast<double>(x) * (static_cast<double>(exp2_fast(m - top)) * scale));
-        }
-        atomicAdd(&sums[d], static_cast<unsigned long long>(sum));
+    long long sum[LANE_CHANNELS] = {}, sum_l = 0;
+#pragma unroll 2
+    for (int64_t p = warp; p < a.n_partials; p += MERGE_WARPS) {
+        const float *o = a.o + (p * n + at) * a.head_dim;
+        const float m = a.m[p * n + at], l = a.l[p * n + at];
+        /* an empty partial weighs nothing, also where all are empty */
+        const double factor = m == -INFINITY ? 0.0 : static_cast<double>(exp2_fast(m - top)) * scale;
+        sum_l += __double2ll_rn(static_cast<double>(l) * factor);
+#pragma unroll
+        for (int i = 0; i < LANE_CHANNELS; i++)
+            if (lane + 32 * i < a.head_dim)
+                sum[i] += __double2ll_rn(static_cast<double>(o[lane + 32 * i]) * factor);
     }
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; i++)
+        if (lane + 32 * i < a.head_dim)
+            atomicAdd(&sums[lane + 32 * i], static_cast<unsigned long long>(sum[i]));
+    if (lane == 0)
+        atomicAdd(&sums[a.head_dim], static_cast<unsigned long long>(sum_l));
     __syncthreads();
-    for (int64_t d = threadIdx.x; d < width; d += MERGE_THREADS)
+    for (int d = threadIdx.x; d < width; d += MERGE_THREADS)
         a.sums[at * width + d] = static_cast<int64_t>(sums[d]);
 }
 
@@ -109,8 +120,7 @@ void lr_cuda_merge_accumulate(const struct lr_exec *exec, const struct lr_merge_
     const int64_t n = args->n_rows * args->n_heads;
     if (n == 0)
         return;
-    const size_t bytes = static_cast<size_t>(args->head_dim + 1) * sizeof *args->sums;
-    lr::merge_accumulate_kernel<<<static_cast<unsigned>(n), lr::MERGE_THREADS, bytes,
+    lr::merge_accumulate_kernel<<<static_cast<unsigned>(n), lr::MERGE_THREADS, 0,
                                   static_cast<cudaStream_t>(exec->stream)>>>(*args);
     lr_cuda_note(exec, cudaGetLastError(), "merge_accumulate");
 }
