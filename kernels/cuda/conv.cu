@@ -6,7 +6,7 @@
  *   row -3     tail       tail
  *   row  0   | thread 0 | thread 1 | ...
  *   ...      |          |          |
- *   row 16   | the next block's, or the same block's where there are few channels
+ *   row 32   | the next block's, or the same block's where there are few channels
  *
  * An output is one chain of fused multiply-adds over its taps, ascending, wherever a block begins: the bits do not
  * depend on how a sequence is fed, and conv_step gives the same. */
@@ -16,8 +16,8 @@
 namespace lr
 {
 
-constexpr int CONV_ROWS = 16; /* of a thread */
-constexpr int CONV_AHEAD = 4; /* rows loaded together */
+constexpr int CONV_ROWS = 32; /* of a thread */
+constexpr int CONV_AHEAD = 8; /* rows loaded together */
 
 /* Eight channels as they lie in memory: half the registers of a piece. */
 struct raw_piece {

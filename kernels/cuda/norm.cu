@@ -126,7 +126,7 @@ template <bool ALIGNED> static void rmsnorm(cudaStream_t stream, const struct lr
     else if (args.n_cols <= 512)
         launch_rmsnorm<1, 4, ALIGNED>(stream, args);
     else if (args.n_cols <= 1024)
-        launch_rmsnorm<1, 8, ALIGNED>(stream, args);
+        launch_rmsnorm<4, 2, ALIGNED>(stream, args);
     else if (args.n_cols <= 2048)
         launch_rmsnorm<4, 4, ALIGNED>(stream, args);
     else if (args.n_cols <= 4096)

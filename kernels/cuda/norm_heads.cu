@@ -129,7 +129,7 @@ load_partner(const struct lr_norm_rope_args &a, const bf16 *x, int64_t row, int 
 }
 
 template <class S>
-static __global__ void __launch_bounds__(ROW_THREADS)
+static __global__ void __launch_bounds__(ROW_THREADS, 5)
     norm_rope_kernel(const struct lr_norm_rope_args a, struct divider n_heads, uint32_t n_units)
 {
     const int head_dim = static_cast<int>(a.head_dim), half = static_cast<int>(a.rotary_dim / 2);
