@@ -29,6 +29,7 @@ template <int D, int KEYS> struct fold_state {
     float o[COLUMNS];      /* [D / 8][4]: columns 8 i + 2 (lane mod 4) + {0, 1} of the first row, then of the second; then l */
     float score[KEYS / 2]; /* [KEYS / 8][4]: the same for keys; becomes the weights before rounding */
     uint32_t weights[KEYS / 4];
+    bool moved; /* some row's m of the warp, in this step */
     float m[2], l[2], factor[2]; /* of the thread's two rows: lane / 4 of its warp's sixteen, and 8 further */
 };
 
@@ -107,10 +108,11 @@ static __device__ __forceinline__ void mask_scores(float (&score)[KEYS / 2], con
 }
 
 /* One step's online softmax on registers: scores become weights, m and l move on, `factor` is what o must be multiplied
- * by. The reference m is raised only where a score is more than MAX_TRAIL above it. */
+ * by. A row's reference m is raised only where a score is more than MAX_TRAIL above it. That is rare: a warp first asks
+ * its lanes about the scores that each of them holds. */
 template <int D, int KEYS> static __device__ __forceinline__ void fold_scores(fold_state<D, KEYS> &t, float scale2)
 {
-    float top[2], base[2];
+    float top[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float even = fmaxf(t.score[2 * r], t.score[2 * r + 1]);
@@ -120,20 +122,23 @@ template <int D, int KEYS> static __device__ __forceinline__ void fold_scores(fo
             even = fmaxf(even, fmaxf(t.score[4 * i + 2 * r], t.score[4 * i + 2 * r + 1]));
             odd = fmaxf(odd, fmaxf(t.score[4 * i + 4 + 2 * r], t.score[4 * i + 4 + 2 * r + 1]));
         }
-        top[r] = fmaxf(even, odd);
+        top[r] = fmaxf(even, odd) * scale2;
+        t.factor[r] = 1.0f;
     }
+    t.moved = __any_sync(0xffffffffu, top[0] > t.m[0] + MAX_TRAIL || top[1] > t.m[1] + MAX_TRAIL);
+    if (t.moved) {
 #pragma unroll
-    for (int r = 0; r < 2; r++)
-        top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2)) * scale2;
-        const float m = top[r] > t.m[r] + MAX_TRAIL ? top[r] : t.m[r];
-        /* a row that has seen nothing yet keeps -inf; its weights are exp2(-inf) = 0 */
-        base[r] = m == -INFINITY ? 0.0f : m;
-        t.factor[r] = m == t.m[r] ? 1.0f : exp2_fast(t.m[r] - base[r]);
-        t.m[r] = m;
+        for (int r = 0; r < 2; r++) {
+            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
+            if (top[r] > t.m[r] + MAX_TRAIL) {
+                t.factor[r] = exp2_fast(t.m[r] - top[r]);
+                t.m[r] = top[r];
+            }
+        }
     }
+    /* a row that has seen nothing yet keeps -inf; its weights are exp2(-inf) = 0 */
+    const float base[2] = {t.m[0] == -INFINITY ? 0.0f : t.m[0], t.m[1] == -INFINITY ? 0.0f : t.m[1]};
     float sum[2][2] = {};
 #pragma unroll
     for (int i = 0; i < KEYS / 8; i++)
@@ -163,7 +168,7 @@ template <int D, int KEYS> static __device__ __forceinline__ void settle(fold_st
 #pragma unroll
     for (int i = 0; i < KEYS / 4; i++)
         t.weights[i] = pack_bf16(t.score[2 * i], t.score[2 * i + 1]);
-    if (__any_sync(0xffffffffu, t.factor[0] != 1.0f || t.factor[1] != 1.0f)) {
+    if (t.moved) {
 #pragma unroll
         for (int i = 0; i < fold_state<D, KEYS>::COLUMNS; i++)
             t.o[i] *= t.factor[i / 2 & 1];
@@ -294,6 +299,7 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const tile
         wgmma_commit();
         give_turn<C>(consumer);
         wgmma_wait<0>();
+        pin_registers(t.score);
         if (lane == 0)
             barrier_arrive(&s.k_empty[at.stage]);
         if (!(note.flags & STEP_FULL))
@@ -313,12 +319,15 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const tile
             wgmma_commit();
             give_turn<C>(consumer);
             wgmma_wait<1>();
+            pin_registers(t.score);
             if (lane == 0)
                 barrier_arrive(&s.k_empty[next.stage]);
             if (!(note.flags & STEP_FULL))
                 mask_scores<KEYS>(t.score, a, note, position_0, position_1, column);
             fold_scores(t, scale2);
+            pin_registers(t.score);
             wgmma_wait<0>();
+            pin_registers(t.o);
             if (lane == 0)
                 barrier_arrive(&s.v_empty[at.stage]);
             settle(t);
@@ -331,6 +340,7 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const tile
         multiply_pv<D, KEYS>(t.o, t.weights, value_descriptor<D, C>(v_tile, at.stage));
         wgmma_commit();
         wgmma_wait<0>();
+        pin_registers(t.o);
         if (lane == 0)
             barrier_arrive(&s.v_empty[at.stage]);
     }

@@ -33,6 +33,15 @@ static __device__ __forceinline__ void named_arrive(uint32_t id, uint32_t n_thre
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
 
+/* Holds the compiler to the order: what the registers hold is computed before here, and used after here. Waits for wgmma
+ * name no registers, so that arithmetic would otherwise drift across them, and with it the overlap. */
+template <int N> static __device__ __forceinline__ void pin_registers(float (&x)[N])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        asm volatile("" : "+f"(x[i])::"memory");
+}
+
 /* Sixteen bytes of shared memory. */
 static __device__ __forceinline__ int4 load_shared(uint32_t shared)
 {
