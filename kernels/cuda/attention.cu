@@ -1,5 +1,5 @@
-/* Which kernel a fold takes: by the padded head dimension, and by how many rows a tile can be filled with. A row's bits are
- * the same in all kernels of its head dimension. */
+/* Which kernel a fold takes: by the padded head dimension, and by how many rows a tile can be filled with. A row's bits
+ * are the same in all kernels of its head dimension. */
 #include "kernels/cuda/attention_launch.h"
 
 int64_t lr_cuda_padded_head_dim(int64_t head_dim)

@@ -1,5 +1,5 @@
-/* Attention for heads of up to 64 channels. Three consumers where the rows fill them: a query block with a list of its own
- * has 128 rows for each query head of its KV head. */
+/* Attention for heads of up to 64 channels. Three consumers where the rows fill them: a query block with a list of its
+ * own has 128 rows for each query head of its KV head. */
 #include "kernels/cuda/attention_kernel.cuh"
 #include "kernels/cuda/attention_launch.h"
 

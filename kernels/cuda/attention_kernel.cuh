@@ -1,13 +1,14 @@
-/* Attention over KV blocks for Hopper: a warpgroup of producers and C consumer warpgroups of 64 tile rows each, which run
- * S = Q K^T -> softmax -> O += P V  with wgmma. A multiprocessor's thread block goes through its share of the tiles.
+/* Attention over KV blocks for Hopper: a warpgroup of producers and C consumer warpgroups of 64 tile rows each, which
+ * run S = Q K^T -> softmax -> O += P V  with wgmma. A multiprocessor's thread block goes through its share of the
+ * tiles.
  *
  *   consumer 0   | QK j | softmax j ........ | PV j-1 | QK j+1 | softmax j+1
  *   consumer 1          | QK j | softmax j ........ | PV j-1 | QK j+1 |
  *
- * The next step's Q K^T is issued before the previous step's P V, and both run while the softmax works on registers; the
- * warpgroups take turns on the tensor cores by named barriers (Shah et al. 2024, FlashAttention-3). Every row folds its
- * steps in ascending order and closes its row sum at each, so that its bits depend neither on the tile that it lies in
- * nor on how a list is divided over calls. */
+ * The next step's Q K^T is issued before the previous step's P V, and both run while the softmax works on registers;
+ * the warpgroups take turns on the tensor cores by named barriers (Shah et al. 2024, FlashAttention-3). Every row folds
+ * its steps in ascending order and closes its row sum at each, so that its bits depend neither on the tile that it lies
+ * in nor on how a list is divided over calls. */
 #ifndef LR_KERNELS_CUDA_ATTENTION_KERNEL_CUH
 #define LR_KERNELS_CUDA_ATTENTION_KERNEL_CUH
 
@@ -26,10 +27,11 @@ template <int D> constexpr bool SUMS_BY_MMA = D == 64; /* tile_shape's ONES_BYTE
 
 template <int D, int KEYS> struct fold_state {
     static constexpr int COLUMNS = D / 2 + (SUMS_BY_MMA<D> ? 4 : 0);
-    float o[COLUMNS];      /* [D / 8][4]: columns 8 i + 2 (lane mod 4) + {0, 1} of the first row, then of the second; then l */
+    /* [D / 8][4]: columns 8 i + 2 (lane mod 4) + {0, 1} of the first row, then of the second; behind them l */
+    float o[COLUMNS];
     float score[KEYS / 2]; /* [KEYS / 8][4]: the same for keys; becomes the weights before rounding */
     uint32_t weights[KEYS / 4];
-    bool moved; /* some row's m of the warp, in this step */
+    bool moved;                  /* some row's m of the warp, in this step */
     float m[2], l[2], factor[2]; /* of the thread's two rows: lane / 4 of its warp's sixteen, and 8 further */
 };
 
@@ -40,7 +42,8 @@ static __device__ __forceinline__ void multiply_qk(float (&score)[KEYS / 2], uin
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
         const uint32_t panel = step / 4, offset = (step % 4) * 32;
-        const uint64_t a = descriptor_at(q, panel * PANEL + offset), b = descriptor_at(k, panel * (KEYS * 128) + offset);
+        const uint64_t a = descriptor_at(q, panel * PANEL + offset),
+                       b = descriptor_at(k, panel * (KEYS * 128) + offset);
         if constexpr (KEYS == 128)
             wgmma_n128_shared(score, a, b, step > 0);
         else
@@ -50,8 +53,8 @@ static __device__ __forceinline__ void multiply_qk(float (&score)[KEYS / 2], uin
 
 /* O += P V. V is [key][channel]: the reduced dimension runs over its rows. Asynchronous. */
 template <int D, int KEYS>
-static __device__ __forceinline__ void multiply_pv(float (&o)[fold_state<D, KEYS>::COLUMNS],
-                                                   const uint32_t (&weights)[KEYS / 4], uint64_t v)
+static __device__ __forceinline__ void
+multiply_pv(float (&o)[fold_state<D, KEYS>::COLUMNS], const uint32_t (&weights)[KEYS / 4], uint64_t v)
 {
 #pragma unroll
     for (int step = 0; step < KEYS / 16; step++) {
@@ -66,8 +69,8 @@ static __device__ __forceinline__ void multiply_pv(float (&o)[fold_state<D, KEYS
     }
 }
 
-/* V of a stage. A descriptor's next 64 columns lie as far behind the first as its upper half says: with row sums, that is
- * where the ones are, nearer from a later stage. */
+/* V of a stage. A descriptor's next 64 columns lie as far behind the first as its upper half says: with row sums, that
+ * is where the ones are, nearer from a later stage. */
 template <int D, int C> static __device__ __forceinline__ uint64_t value_descriptor(uint64_t v, uint32_t stage)
 {
     constexpr uint32_t STEP = tile_shape<D, C>::HALF_BYTES >> 4;
@@ -80,10 +83,15 @@ static __device__ __forceinline__ int clamp_key(int64_t key)
     return key < 0 ? 0 : key > BLOCK ? BLOCK : static_cast<int>(key);
 }
 
-/* Scores of keys that a row may not see become -inf: it sees those below `to`, but, with a window, none in [sinks, from). */
+/* Scores of keys that a row may not see become -inf. It sees those below `to`, but with a window none in
+ * [sinks, from). */
 template <int KEYS>
-static __device__ __forceinline__ void mask_scores(float (&score)[KEYS / 2], const lr_cuda_fold &a, const step_note &note,
-                                                   int64_t position_0, int64_t position_1, int column)
+static __device__ __forceinline__ void mask_scores(float (&score)[KEYS / 2],
+                                                   const lr_cuda_fold &a,
+                                                   const step_note &note,
+                                                   int64_t position_0,
+                                                   int64_t position_1,
+                                                   int column)
 {
     const bool windowed = a.window > 0 && !(note.flags & STEP_WHOLE);
 #pragma unroll
@@ -176,8 +184,8 @@ template <int D, int KEYS> static __device__ __forceinline__ void settle(fold_st
 }
 
 template <int D, int KEYS>
-static __device__ __forceinline__ void load_state(const lr_cuda_fold &a, fold_state<D, KEYS> &t, const row_place &place,
-                                                  int64_t slot, int r, int column)
+static __device__ __forceinline__ void
+load_state(const lr_cuda_fold &a, fold_state<D, KEYS> &t, const row_place &place, int64_t slot, int r, int column)
 {
     const bool there = a.resume && place.position >= 0;
     const int64_t at = (slot * a.n_rows + place.row) * a.shape.n_heads + place.head;
@@ -194,8 +202,8 @@ static __device__ __forceinline__ void load_state(const lr_cuda_fold &a, fold_st
 }
 
 template <int D, int KEYS>
-static __device__ __forceinline__ void store_state(const lr_cuda_fold &a, const fold_state<D, KEYS> &t,
-                                                   const row_place &place, int64_t slot, int r, int column)
+static __device__ __forceinline__ void store_state(
+    const lr_cuda_fold &a, const fold_state<D, KEYS> &t, const row_place &place, int64_t slot, int r, int column)
 {
     if (place.position < 0)
         return;
@@ -234,8 +242,8 @@ static __device__ __forceinline__ void store_state(const lr_cuda_fold &a, const 
 static __device__ __forceinline__ step_note load_note(const step_note *notes, uint32_t stage)
 {
     const int4 x = load_shared(shared_address(notes) + stage * static_cast<uint32_t>(sizeof *notes));
-    return {static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(x.y)) << 32 | static_cast<uint32_t>(x.x)), x.z,
-            x.w};
+    return {static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(x.y)) << 32 | static_cast<uint32_t>(x.x)),
+            x.z, x.w};
 }
 
 /* The warpgroups take turns on the tensor cores: barrier 1 + c lets consumer c issue. */
@@ -263,8 +271,13 @@ template <int STAGES> static __device__ __forceinline__ ring_place after(ring_pl
 }
 
 template <int D, int C>
-static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const tile &w, int group, int consumer,
-                                               uint32_t round, ring_place &at, attention_shared<D, C> &s)
+static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
+                                               const tile &w,
+                                               int group,
+                                               int consumer,
+                                               uint32_t round,
+                                               ring_place &at,
+                                               attention_shared<D, C> &s)
 {
     using shape = tile_shape<D, C>;
     constexpr int KEYS = shape::KEYS, STAGES = shape::STAGES;
@@ -424,7 +437,8 @@ template <int D, int C> static cudaError_t launch(const lr_cuda_fold &fold, int 
     using shape = tile_shape<D, C>;
     const int bytes = sizeof(attention_shared<D, C>) + 1024;
     const int64_t n_tiles = (tile_rows(fold) + shape::ROWS - 1) / shape::ROWS;
-    const int64_t n_work = n_tiles * fold.shape.n_kv_heads * fold.n_groups, room = n_multiprocessors * shape::BLOCKS_EACH;
+    const int64_t n_work = n_tiles * fold.shape.n_kv_heads * fold.n_groups,
+                  room = n_multiprocessors * shape::BLOCKS_EACH;
     const cudaError_t error =
         cudaFuncSetAttribute(attention_kernel<D, C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess)

@@ -1,5 +1,5 @@
-/* The launchers behind lr_cuda_fold_rows, a file for each padded head dimension: compiling one takes a while. They return
- * the CUDA error of the launch. */
+/* The launchers behind lr_cuda_fold_rows, a file for each padded head dimension: compiling one takes a while. They
+ * return the CUDA error of the launch. */
 #ifndef LR_KERNELS_CUDA_ATTENTION_LAUNCH_H
 #define LR_KERNELS_CUDA_ATTENTION_LAUNCH_H
 

@@ -1,6 +1,6 @@
-/* The producers' side of attention. A thread block goes through tiles; in each, one warp walks the tile's list, leaves out
- * the blocks that no row of the tile sees, and brings the others' K and V into the ring of stages by bulk copies. It runs
- * ahead of the consumers, into the next tiles too. Other warps bring the queries, one warp for each consumer.
+/* The producers' side of attention. A thread block goes through tiles; in each, one warp walks the tile's list, leaves
+ * out the blocks that no row of the tile sees, and brings the others' K and V into the ring of stages by bulk copies.
+ * It runs ahead of the consumers, into the next tiles too. Other warps bring the queries, one warp for each consumer.
  *
  *   list     | sinks |   not seen   |  window .......... diagonal |  not seen
  *   steps    0 1                     2 3 4 ...                  n
@@ -64,10 +64,10 @@ struct tile {
     int64_t first, last; /* its rows of q */
 };
 
-/* KV heads one after the other, so that their blocks stay in L2; in each the last tiles first, as a causal document's last
- * tiles have the most work. False where no row is in the tile. */
-static __device__ __forceinline__ bool take_tile(const lr_cuda_fold &a, int group, int n_tiles, int tile_rows, int work,
-                                                 tile &t)
+/* KV heads one after the other, so that their blocks stay in L2; in each the last tiles first, as a causal document's
+ * last tiles have the most work. False where no row is in the tile. */
+static __device__ __forceinline__ bool
+take_tile(const lr_cuda_fold &a, int group, int n_tiles, int tile_rows, int work, tile &t)
 {
     const int n_kv_heads = static_cast<int>(a.shape.n_kv_heads), outer = work / n_tiles;
     t.kv_head = outer % n_kv_heads;
@@ -113,7 +113,13 @@ static __device__ __forceinline__ walk make_walk(const lr_cuda_fold &a, const ti
 {
     const lr_cuda_list list = a.lists[t.rows.list + t.kv_head * t.rows.list_step];
     const uint64_t refs = list.refs + (list.relative ? reinterpret_cast<uint64_t>(a.packet) : 0);
-    walk w = {reinterpret_cast<const lr_kv_ref *>(refs), list.n_refs, 0, a.position + t.first, a.position + t.last, a.window, a.sinks};
+    walk w = {reinterpret_cast<const lr_kv_ref *>(refs),
+              list.n_refs,
+              0,
+              a.position + t.first,
+              a.position + t.last,
+              a.window,
+              a.sinks};
     if (a.positions != nullptr) {
         w.first_position = t.rows.first_position;
         w.last_position = t.rows.last_position;
@@ -248,8 +254,8 @@ static __device__ __forceinline__ void produce(const walk &w, int kv_head, ring_
 /* One warp puts a consumer's 64 query rows into shared memory, swizzled; rows and channels that do not exist are zero.
  * `round`: how many tiles the thread block has been through. */
 template <int D, int C>
-static __device__ __forceinline__ void bring_queries(const lr_cuda_fold &a, const tile &t, int group, int consumer,
-                                                     uint32_t round, attention_shared<D, C> &s)
+static __device__ __forceinline__ void
+bring_queries(const lr_cuda_fold &a, const tile &t, int group, int consumer, uint32_t round, attention_shared<D, C> &s)
 {
     constexpr int PIECES = D / 8;
     const int lane = threadIdx.x % 32;
