@@ -43,7 +43,7 @@ struct lr_cuda_rows {
  * so that a block of K and V is read once for the group. */
 struct lr_cuda_fold {
     struct lr_kv_shape shape;
-    const lr_act *q;
+    const lr_act *q; /* every row and head on a multiple of 16 bytes */
     int64_t q_stride, q_head_stride;
     int64_t n_rows;           /* of q and of an output slot */
     const int64_t *positions; /* device memory; NULL: row r is at `position` + r */

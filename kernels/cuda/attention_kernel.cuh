@@ -21,17 +21,11 @@ namespace lr
 
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float MAX_TRAIL = 8.0f; /* the weights are at most 2^8 */
-constexpr uint32_t BF16_ONES = 0x3f803f80;
-
-template <int D> constexpr bool SUMS_BY_MMA = D == 64; /* tile_shape's ONES_BYTES says why */
 
 template <int D, int KEYS> struct fold_state {
-    static constexpr int COLUMNS = D / 2 + (SUMS_BY_MMA<D> ? 4 : 0);
-    /* [D / 8][4]: columns 8 i + 2 (lane mod 4) + {0, 1} of the first row, then of the second; behind them l */
-    float o[COLUMNS];
+    float o[D / 2];        /* [D / 8][4]: columns 8 i + 2 (lane mod 4) + {0, 1} of the first row, then of the second */
     float score[KEYS / 2]; /* [KEYS / 8][4]: the same for keys; becomes the weights before rounding */
     uint32_t weights[KEYS / 4];
-    bool moved;                  /* some row's m of the warp, in this step */
     float m[2], l[2], factor[2]; /* of the thread's two rows: lane / 4 of its warp's sixteen, and 8 further */
 };
 
@@ -53,8 +47,7 @@ static __device__ __forceinline__ void multiply_qk(float (&score)[KEYS / 2], uin
 
 /* O += P V. V is [key][channel]: the reduced dimension runs over its rows. Asynchronous. */
 template <int D, int KEYS>
-static __device__ __forceinline__ void
-multiply_pv(float (&o)[fold_state<D, KEYS>::COLUMNS], const uint32_t (&weights)[KEYS / 4], uint64_t v)
+static __device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint32_t (&weights)[KEYS / 4], uint64_t v)
 {
 #pragma unroll
     for (int step = 0; step < KEYS / 16; step++) {
@@ -65,17 +58,8 @@ multiply_pv(float (&o)[fold_state<D, KEYS>::COLUMNS], const uint32_t (&weights)[
         else if constexpr (D == 128)
             wgmma_n128<1>(o, a, b, true);
         else
-            wgmma_n72(o, a, b);
+            wgmma_n64<1>(o, a, b, true);
     }
-}
-
-/* V of a stage. A descriptor's next 64 columns lie as far behind the first as its upper half says: with row sums, that
- * is where the ones are, nearer from a later stage. */
-template <int D, int C> static __device__ __forceinline__ uint64_t value_descriptor(uint64_t v, uint32_t stage)
-{
-    constexpr uint32_t STEP = tile_shape<D, C>::HALF_BYTES >> 4;
-    const uint32_t low = static_cast<uint32_t>(v) + stage * (SUMS_BY_MMA<D> ? STEP - (STEP << 16) : STEP);
-    return v >> 32 << 32 | low;
 }
 
 static __device__ __forceinline__ int clamp_key(int64_t key)
@@ -83,8 +67,8 @@ static __device__ __forceinline__ int clamp_key(int64_t key)
     return key < 0 ? 0 : key > BLOCK ? BLOCK : static_cast<int>(key);
 }
 
-/* Scores of keys that a row may not see become -inf. It sees those below `to`, but with a window none in
- * [sinks, from). */
+/* Scores of keys that a row may not see become -inf: it sees those below `to`, but, with a window, none in [sinks,
+ * from). */
 template <int KEYS>
 static __device__ __forceinline__ void mask_scores(float (&score)[KEYS / 2],
                                                    const lr_cuda_fold &a,
@@ -116,11 +100,10 @@ static __device__ __forceinline__ void mask_scores(float (&score)[KEYS / 2],
 }
 
 /* One step's online softmax on registers: scores become weights, m and l move on, `factor` is what o must be multiplied
- * by. A row's reference m is raised only where a score is more than MAX_TRAIL above it. That is rare: a warp first asks
- * its lanes about the scores that each of them holds. */
+ * by. The reference m is raised only where a score is more than MAX_TRAIL above it. */
 template <int D, int KEYS> static __device__ __forceinline__ void fold_scores(fold_state<D, KEYS> &t, float scale2)
 {
-    float top[2];
+    float top[2], base[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float even = fmaxf(t.score[2 * r], t.score[2 * r + 1]);
@@ -130,23 +113,20 @@ template <int D, int KEYS> static __device__ __forceinline__ void fold_scores(fo
             even = fmaxf(even, fmaxf(t.score[4 * i + 2 * r], t.score[4 * i + 2 * r + 1]));
             odd = fmaxf(odd, fmaxf(t.score[4 * i + 4 + 2 * r], t.score[4 * i + 4 + 2 * r + 1]));
         }
-        top[r] = fmaxf(even, odd) * scale2;
-        t.factor[r] = 1.0f;
+        top[r] = fmaxf(even, odd);
     }
-    t.moved = __any_sync(0xffffffffu, top[0] > t.m[0] + MAX_TRAIL || top[1] > t.m[1] + MAX_TRAIL);
-    if (t.moved) {
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
-            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
-            if (top[r] > t.m[r] + MAX_TRAIL) {
-                t.factor[r] = exp2_fast(t.m[r] - top[r]);
-                t.m[r] = top[r];
-            }
-        }
+    for (int r = 0; r < 2; r++)
+        top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2)) * scale2;
+        const float m = top[r] > t.m[r] + MAX_TRAIL ? top[r] : t.m[r];
+        /* a row that has seen nothing yet keeps -inf; its weights are exp2(-inf) = 0 */
+        base[r] = m == -INFINITY ? 0.0f : m;
+        t.factor[r] = m == t.m[r] ? 1.0f : exp2_fast(t.m[r] - base[r]);
+        t.m[r] = m;
     }
-    /* a row that has seen nothing yet keeps -inf; its weights are exp2(-inf) = 0 */
-    const float base[2] = {t.m[0] == -INFINITY ? 0.0f : t.m[0], t.m[1] == -INFINITY ? 0.0f : t.m[1]};
     float sum[2][2] = {};
 #pragma unroll
     for (int i = 0; i < KEYS / 8; i++)
@@ -156,17 +136,14 @@ template <int D, int KEYS> static __device__ __forceinline__ void fold_scores(fo
             for (int c = 0; c < 2; c++) {
                 float &x = t.score[4 * i + 2 * r + c];
                 x = exp2_fast(fmaf(x, scale2, -base[r]));
-                if constexpr (!SUMS_BY_MMA<D>)
-                    sum[r][c] += x;
+                sum[r][c] += x;
             }
-    if constexpr (!SUMS_BY_MMA<D>) {
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float all = sum[r][0] + sum[r][1];
-            all += __shfl_xor_sync(0xffffffffu, all, 1);
-            all += __shfl_xor_sync(0xffffffffu, all, 2);
-            t.l[r] = fmaf(t.l[r], t.factor[r], all);
-        }
+    for (int r = 0; r < 2; r++) {
+        float all = sum[r][0] + sum[r][1];
+        all += __shfl_xor_sync(0xffffffffu, all, 1);
+        all += __shfl_xor_sync(0xffffffffu, all, 2);
+        t.l[r] = fmaf(t.l[r], t.factor[r], all);
     }
 }
 
@@ -176,9 +153,9 @@ template <int D, int KEYS> static __device__ __forceinline__ void settle(fold_st
 #pragma unroll
     for (int i = 0; i < KEYS / 4; i++)
         t.weights[i] = pack_bf16(t.score[2 * i], t.score[2 * i + 1]);
-    if (t.moved) {
+    if (__any_sync(0xffffffffu, t.factor[0] != 1.0f || t.factor[1] != 1.0f)) {
 #pragma unroll
-        for (int i = 0; i < fold_state<D, KEYS>::COLUMNS; i++)
+        for (int i = 0; i < D / 2; i++)
             t.o[i] *= t.factor[i / 2 & 1];
     }
 }
@@ -191,8 +168,6 @@ load_state(const lr_cuda_fold &a, fold_state<D, KEYS> &t, const row_place &place
     const int64_t at = (slot * a.n_rows + place.row) * a.shape.n_heads + place.head;
     t.m[r] = there ? a.m[at] : -INFINITY;
     t.l[r] = there ? a.l[at] : 0.0f;
-    if constexpr (SUMS_BY_MMA<D>)
-        t.o[D / 2 + 2 * r] = t.o[D / 2 + 2 * r + 1] = t.l[r];
 #pragma unroll
     for (int i = 0; i < D / 8; i++)
 #pragma unroll
@@ -208,12 +183,9 @@ static __device__ __forceinline__ void store_state(
     if (place.position < 0)
         return;
     const int64_t at = (slot * a.n_rows + place.row) * a.shape.n_heads + place.head;
-    float l = t.l[r];
-    if constexpr (SUMS_BY_MMA<D>)
-        l = t.o[D / 2 + 2 * r];
     if (column == 0) {
         a.m[at] = t.m[r];
-        a.l[at] = l;
+        a.l[at] = t.l[r];
     }
     if (a.y == nullptr) {
 #pragma unroll
@@ -223,7 +195,7 @@ static __device__ __forceinline__ void store_state(
                     make_float2(t.o[4 * i + 2 * r], t.o[4 * i + 2 * r + 1]);
         return;
     }
-    const float inverse = l > 0.0f ? 1.0f / l : 0.0f;
+    const float inverse = t.l[r] > 0.0f ? 1.0f / t.l[r] : 0.0f;
     uint16_t *y = static_cast<uint16_t *>(a.y) + place.row * a.y_stride + place.head * a.shape.head_dim;
     const bool aligned = (reinterpret_cast<uintptr_t>(y) & 3) == 0;
 #pragma unroll
@@ -289,8 +261,7 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
     const int64_t position_1 = place_row(a, w, group, tile_row + 8).position;
     const uint64_t q_tile = tile_descriptor(shared_address(s.q) + consumer * UNIT * 128, 0);
     const uint64_t k_tile = tile_descriptor(shared_address(s.k), 0);
-    const uint32_t v_lead = SUMS_BY_MMA<D> ? shared_address(s.ones) - shared_address(s.v) : KEYS * 128;
-    const uint64_t v_tile = tile_descriptor(shared_address(s.v), v_lead);
+    const uint64_t v_tile = tile_descriptor(shared_address(s.v), KEYS * 128);
     fold_state<D, KEYS> t;
 #pragma unroll
     for (int r = 0; r < 2; r++)
@@ -312,7 +283,6 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
         wgmma_commit();
         give_turn<C>(consumer);
         wgmma_wait<0>();
-        pin_registers(t.score);
         if (lane == 0)
             barrier_arrive(&s.k_empty[at.stage]);
         if (!(note.flags & STEP_FULL))
@@ -328,19 +298,16 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
             multiply_qk<D, KEYS, PANEL>(t.score, q_tile, descriptor_at(k_tile, next.stage * shape::HALF_BYTES));
             wgmma_commit();
             barrier_wait(&s.v_full[at.stage], at.parity);
-            multiply_pv<D, KEYS>(t.o, t.weights, value_descriptor<D, C>(v_tile, at.stage));
+            multiply_pv<D, KEYS>(t.o, t.weights, descriptor_at(v_tile, at.stage * shape::HALF_BYTES));
             wgmma_commit();
             give_turn<C>(consumer);
             wgmma_wait<1>();
-            pin_registers(t.score);
             if (lane == 0)
                 barrier_arrive(&s.k_empty[next.stage]);
             if (!(note.flags & STEP_FULL))
                 mask_scores<KEYS>(t.score, a, note, position_0, position_1, column);
             fold_scores(t, scale2);
-            pin_registers(t.score);
             wgmma_wait<0>();
-            pin_registers(t.o);
             if (lane == 0)
                 barrier_arrive(&s.v_empty[at.stage]);
             settle(t);
@@ -350,10 +317,9 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
             barrier_arrive(&s.q_empty[consumer]);
         barrier_wait(&s.v_full[at.stage], at.parity);
         wgmma_fence();
-        multiply_pv<D, KEYS>(t.o, t.weights, value_descriptor<D, C>(v_tile, at.stage));
+        multiply_pv<D, KEYS>(t.o, t.weights, descriptor_at(v_tile, at.stage * shape::HALF_BYTES));
         wgmma_commit();
         wgmma_wait<0>();
-        pin_registers(t.o);
         if (lane == 0)
             barrier_arrive(&s.v_empty[at.stage]);
     }
@@ -391,9 +357,6 @@ __global__ void __launch_bounds__(tile_shape<D, C>::THREADS, (tile_shape<D, C>::
     const int group = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
     if (threadIdx.x == 0)
         make_barriers(s);
-    for (int i = threadIdx.x; i < shape::ONES_BYTES / 16; i += shape::THREADS)
-        reinterpret_cast<uint4 *>(s.ones)[i] = make_uint4(BF16_ONES, BF16_ONES, BF16_ONES, BF16_ONES);
-    fence_to_wgmma();
     __syncthreads();
     /* the shuffle tells the compiler that all lanes agree */
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x), 0) / 32;
@@ -426,17 +389,12 @@ __global__ void __launch_bounds__(tile_shape<D, C>::THREADS, (tile_shape<D, C>::
     }
 }
 
-/* Tile rows of the largest group of rows. */
-static int64_t tile_rows(const lr_cuda_fold &fold)
-{
-    return fold.max_tokens * (fold.shape.n_heads / fold.shape.n_kv_heads);
-}
-
 template <int D, int C> static cudaError_t launch(const lr_cuda_fold &fold, int n_multiprocessors, cudaStream_t stream)
 {
     using shape = tile_shape<D, C>;
     const int bytes = sizeof(attention_shared<D, C>) + 1024;
-    const int64_t n_tiles = (tile_rows(fold) + shape::ROWS - 1) / shape::ROWS;
+    const int64_t group = fold.shape.n_heads / fold.shape.n_kv_heads;
+    const int64_t n_tiles = (fold.max_tokens * group + shape::ROWS - 1) / shape::ROWS;
     const int64_t n_work = n_tiles * fold.shape.n_kv_heads * fold.n_groups,
                   room = n_multiprocessors * shape::BLOCKS_EACH;
     const cudaError_t error =

@@ -2,7 +2,7 @@
  * passes, and the wide wgmma shapes. Device code only, sm_90a.
  *
  *   S [64 x keys]     = Q K^T   both in shared memory, the reduced dimension along their rows     wgmma_n128_shared
- *   O [64 x channels] += P V    P in registers, V in shared memory as [key][channel]              wgmma_n72, n256 */
+ *   O [64 x channels] += P V    P in registers, V in shared memory as [key][channel]              wgmma_n256 */
 #ifndef LR_KERNELS_CUDA_ATTENTION_MMA_CUH
 #define LR_KERNELS_CUDA_ATTENTION_MMA_CUH
 
@@ -31,15 +31,6 @@ static __device__ __forceinline__ void copy_bulk(void *shared, const void *globa
 static __device__ __forceinline__ void named_arrive(uint32_t id, uint32_t n_threads)
 {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
-}
-
-/* Holds the compiler to the order: what the registers hold is computed before here, and used after here. Waits for
- * wgmma name no registers, so that arithmetic would otherwise drift across them, and with it the overlap. */
-template <int N> static __device__ __forceinline__ void pin_registers(float (&x)[N])
-{
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        asm volatile("" : "+f"(x[i])::"memory");
 }
 
 /* Sixteen bytes of shared memory. */
@@ -117,26 +108,6 @@ static __device__ __forceinline__ void wgmma_n256(float (&d)[128], const uint32_
                    "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]),
                    "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]),
                    "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-/* d [64 x 72] += A B, as wgmma_n256. */
-static __device__ __forceinline__ void wgmma_n72(float (&d)[36], const uint32_t (&a)[4], uint64_t b)
-{
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.eq.u32 p, 0, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 " %32, %33, %34, %35}, "
-                 "{%36, %37, %38, %39}, %40, p, 1, 1, 1;\n"
-                 "}\n"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),
-                   "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
-                   "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 

@@ -27,10 +27,7 @@ template <int D, int C> struct tile_shape {
     static constexpr int PANELS = D / 64;
     static constexpr int ROWS = C * UNIT;
     static constexpr int HALF_BYTES = KEYS * D * 2; /* K or V of a step */
-    static constexpr int STAGES = D == 64 ? (C == 1 ? 2 : 4) : D == 256 && C == 2 ? 2 : 3;
-    /* Heads of 64 channels get the row sums from the tensor cores, as 8 more columns of V that are all ones: there the
-     * other units are the limit. */
-    static constexpr int ONES_BYTES = D == 64 ? KEYS * 128 : 0;
+    static constexpr int STAGES = D == 64 ? (C == 1 ? 3 : 4) : D == 256 && C == 2 ? 2 : 3;
     static constexpr int THREADS = (C + 1) * WARPGROUP;
     static constexpr int BLOCKS_EACH = D == 64 && C == 1 ? 2 : 1; /* thread blocks on a multiprocessor */
     static constexpr int PRODUCER_REGISTERS = C == 3 ? 32 : C == 2 ? 40 : 24;
@@ -50,7 +47,6 @@ template <int D, int C> struct attention_shared {
     alignas(1024) uint8_t q[shape::ROWS * D * 2];
     alignas(1024) uint8_t k[shape::STAGES][shape::HALF_BYTES];
     alignas(1024) uint8_t v[shape::STAGES][shape::HALF_BYTES];
-    alignas(1024) uint8_t ones[shape::ONES_BYTES + 16]; /* behind v, where its descriptors find them */
     step_note notes[shape::STAGES];
     uint64_t k_full[shape::STAGES], v_full[shape::STAGES], k_empty[shape::STAGES], v_empty[shape::STAGES];
     uint64_t q_full[C], q_empty[C];
