@@ -118,8 +118,8 @@ struct document {
 };
 
 /* Rows [position, position + n_rows) of a document; lists: one for all, or `lists`. */
-static float time_attention(const document &d, int64_t position, int64_t n_rows, int64_t window,
-                            const std::vector<struct lr_kv_list> &lists)
+static float time_attention(
+    const document &d, int64_t position, int64_t n_rows, int64_t window, const std::vector<struct lr_kv_list> &lists)
 {
     const int64_t width = d.shape.n_heads * d.shape.head_dim;
     std::vector<int64_t> positions(static_cast<size_t>(n_rows));

@@ -1,4 +1,4 @@
-"""What attention is raced against, on attention_bench's shapes: cuDNN through PyTorch, and FlexAttention with block masks.
+"""What attention is raced against, on attention_bench's shapes: cuDNN, and FlexAttention with block masks.
 usage: attention_peers.py [causal] [sparse] [tiny] [wide]       one line a shape: name, ms, TFLOP/s"""
 import sys
 import torch

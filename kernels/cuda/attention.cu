@@ -1,6 +1,6 @@
-/* Which kernel a fold takes: by the padded head dimension, and by how many rows a tile can be filled with. A row's bits are
- * the same in all kernels of its head dimension. */
-#include "kernels/cuda/attention_launch.h"
+/* Which kernel a fold takes: by the padded head dimension, and by how many rows a tile can be filled with. The row's
+ * bits are the same in all of them. */
+#include "kernels/cuda/attention_kernel.cuh"
 
 int64_t lr_cuda_padded_head_dim(int64_t head_dim)
 {
@@ -9,18 +9,24 @@ int64_t lr_cuda_padded_head_dim(int64_t head_dim)
 
 void lr_cuda_fold_rows(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot)
 {
+    const int64_t tile_rows = fold->max_tokens * (fold->shape.n_heads / fold->shape.n_kv_heads);
     cudaStream_t stream = static_cast<cudaStream_t>(exec->stream);
     const int n = lr_cuda_multiprocessors(exec);
-    int error = cudaErrorInvalidValue;
+    cudaError_t error = cudaErrorInvalidValue;
     switch (lr_cuda_padded_head_dim(fold->shape.head_dim)) {
     case 64:
-        error = lr_cuda_fold_64(fold, n, stream);
+        if (tile_rows <= lr::UNIT)
+            error = lr::launch<64, 1>(*fold, n, stream);
+        else if (tile_rows <= 8 * lr::UNIT)
+            error = lr::launch<64, 2>(*fold, n, stream);
+        else
+            error = lr::launch<64, 3>(*fold, n, stream);
         break;
     case 128:
-        error = lr_cuda_fold_128(fold, n, stream);
+        error = tile_rows <= lr::UNIT ? lr::launch<128, 1>(*fold, n, stream) : lr::launch<128, 2>(*fold, n, stream);
         break;
     case 256:
-        error = lr_cuda_fold_256(fold, n, stream);
+        error = tile_rows <= lr::UNIT ? lr::launch<256, 1>(*fold, n, stream) : lr::launch<256, 2>(*fold, n, stream);
         break;
     }
     lr_cuda_note(exec, error, slot);

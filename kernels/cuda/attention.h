@@ -29,11 +29,11 @@ struct lr_cuda_list {
 
 /* Rows that read the same lists. One for a whole call, one for each query block, or one for each item of partials. */
 struct lr_cuda_rows {
-    int64_t slot;                     /* of the outputs */
-    int64_t first, end;               /* rows [first, end) exist */
-    int64_t origin;                   /* row of the first tile's first token; <= first, so that tiles lie on a grid */
+    int64_t slot;       /* of the outputs */
+    int64_t first, end; /* rows [first, end) exist */
+    int64_t origin;     /* row of the first tile's first token; <= first, so that tiles lie on a grid */
     int64_t first_position, last_position; /* bounds of the rows' positions */
-    int32_t list, list_step;          /* KV head h reads list + h * list_step */
+    int32_t list, list_step;               /* KV head h reads list + h * list_step */
 };
 
 /* One launch: every group of rows, every KV head. The query heads of a KV head are packed into the tile's rows,
@@ -43,21 +43,21 @@ struct lr_cuda_rows {
  * so that a block of K and V is read once for the group. */
 struct lr_cuda_fold {
     struct lr_kv_shape shape;
-    const lr_act *q;
+    const lr_act *q; /* every row and head on a multiple of 16 bytes */
     int64_t q_stride, q_head_stride;
     int64_t n_rows;           /* of q and of an output slot */
     const int64_t *positions; /* device memory; NULL: row r is at `position` + r */
     int64_t position;
     float scale;
     int64_t window, sinks;
-    const void *packet;               /* device memory, as all that follow */
+    const void *packet; /* device memory, as all that follow */
     const struct lr_cuda_list *lists;
     const struct lr_cuda_rows *rows;
-    int64_t n_groups;                 /* of rows */
-    int64_t max_tokens;               /* the largest `end - origin` */
-    int resume;                       /* 1: m, l, o are read, 0: they start empty */
-    float *m, *l, *o;                 /* [slot, n_rows, n_heads (, head_dim)] */
-    lr_act *y;                        /* o / l; then o is not written. Or NULL */
+    int64_t n_groups;   /* of rows */
+    int64_t max_tokens; /* the largest `end - origin` */
+    int resume;         /* 1: m, l, o are read, 0: they start empty */
+    float *m, *l, *o;   /* [slot, n_rows, n_heads (, head_dim)] */
+    lr_act *y;          /* o / l; then o is not written. Or NULL */
     int64_t y_stride;
 };
 

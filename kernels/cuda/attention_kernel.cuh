@@ -1,13 +1,14 @@
-/* Attention over KV blocks for Hopper: a warpgroup of producers and C consumer warpgroups of 64 tile rows each, which run
- * S = Q K^T -> softmax -> O += P V  with wgmma. A multiprocessor's thread block goes through its share of the tiles.
+/* Attention over KV blocks for Hopper: a warpgroup of producers and C consumer warpgroups of 64 tile rows each, which
+ * run S = Q K^T -> softmax -> O += P V  with wgmma. A multiprocessor's thread block goes through its share of the
+ * tiles.
  *
  *   consumer 0   | QK j | softmax j ........ | PV j-1 | QK j+1 | softmax j+1
  *   consumer 1          | QK j | softmax j ........ | PV j-1 | QK j+1 |
  *
- * The next step's Q K^T is issued before the previous step's P V, and both run while the softmax works on registers; the
- * warpgroups take turns on the tensor cores by named barriers (Shah et al. 2024, FlashAttention-3). Every row folds its
- * steps in ascending order and closes its row sum at each, so that its bits depend neither on the tile that it lies in
- * nor on how a list is divided over calls. */
+ * The next step's Q K^T is issued before the previous step's P V, and both run while the softmax works on registers;
+ * the warpgroups take turns on the tensor cores by named barriers (Shah et al. 2024, FlashAttention-3). Every row folds
+ * its steps in ascending order and closes its row sum at each, so that its bits depend neither on the tile that it lies
+ * in nor on how a list is divided over calls. */
 #ifndef LR_KERNELS_CUDA_ATTENTION_KERNEL_CUH
 #define LR_KERNELS_CUDA_ATTENTION_KERNEL_CUH
 
@@ -20,13 +21,9 @@ namespace lr
 
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float MAX_TRAIL = 8.0f; /* the weights are at most 2^8 */
-constexpr uint32_t BF16_ONES = 0x3f803f80;
-
-template <int D> constexpr bool SUMS_BY_MMA = D == 64; /* tile_shape's ONES_BYTES says why */
 
 template <int D, int KEYS> struct fold_state {
-    static constexpr int COLUMNS = D / 2 + (SUMS_BY_MMA<D> ? 4 : 0);
-    float o[COLUMNS];      /* [D / 8][4]: columns 8 i + 2 (lane mod 4) + {0, 1} of the first row, then of the second; then l */
+    float o[D / 2];        /* [D / 8][4]: columns 8 i + 2 (lane mod 4) + {0, 1} of the first row, then of the second */
     float score[KEYS / 2]; /* [KEYS / 8][4]: the same for keys; becomes the weights before rounding */
     uint32_t weights[KEYS / 4];
     float m[2], l[2], factor[2]; /* of the thread's two rows: lane / 4 of its warp's sixteen, and 8 further */
@@ -39,7 +36,8 @@ static __device__ __forceinline__ void multiply_qk(float (&score)[KEYS / 2], uin
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
         const uint32_t panel = step / 4, offset = (step % 4) * 32;
-        const uint64_t a = descriptor_at(q, panel * PANEL + offset), b = descriptor_at(k, panel * (KEYS * 128) + offset);
+        const uint64_t a = descriptor_at(q, panel * PANEL + offset),
+                       b = descriptor_at(k, panel * (KEYS * 128) + offset);
         if constexpr (KEYS == 128)
             wgmma_n128_shared(score, a, b, step > 0);
         else
@@ -49,8 +47,7 @@ static __device__ __forceinline__ void multiply_qk(float (&score)[KEYS / 2], uin
 
 /* O += P V. V is [key][channel]: the reduced dimension runs over its rows. Asynchronous. */
 template <int D, int KEYS>
-static __device__ __forceinline__ void multiply_pv(float (&o)[fold_state<D, KEYS>::COLUMNS],
-                                                   const uint32_t (&weights)[KEYS / 4], uint64_t v)
+static __device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint32_t (&weights)[KEYS / 4], uint64_t v)
 {
 #pragma unroll
     for (int step = 0; step < KEYS / 16; step++) {
@@ -61,17 +58,8 @@ static __device__ __forceinline__ void multiply_pv(float (&o)[fold_state<D, KEYS
         else if constexpr (D == 128)
             wgmma_n128<1>(o, a, b, true);
         else
-            wgmma_n72(o, a, b);
+            wgmma_n64<1>(o, a, b, true);
     }
-}
-
-/* V of a stage. A descriptor's next 64 columns lie as far behind the first as its upper half says: with row sums, that is
- * where the ones are, nearer from a later stage. */
-template <int D, int C> static __device__ __forceinline__ uint64_t value_descriptor(uint64_t v, uint32_t stage)
-{
-    constexpr uint32_t STEP = tile_shape<D, C>::HALF_BYTES >> 4;
-    const uint32_t low = static_cast<uint32_t>(v) + stage * (SUMS_BY_MMA<D> ? STEP - (STEP << 16) : STEP);
-    return v >> 32 << 32 | low;
 }
 
 static __device__ __forceinline__ int clamp_key(int64_t key)
@@ -79,10 +67,15 @@ static __device__ __forceinline__ int clamp_key(int64_t key)
     return key < 0 ? 0 : key > BLOCK ? BLOCK : static_cast<int>(key);
 }
 
-/* Scores of keys that a row may not see become -inf: it sees those below `to`, but, with a window, none in [sinks, from). */
+/* Scores of keys that a row may not see become -inf: it sees those below `to`, but, with a window, none in [sinks,
+ * from). */
 template <int KEYS>
-static __device__ __forceinline__ void mask_scores(float (&score)[KEYS / 2], const lr_cuda_fold &a, const step_note &note,
-                                                   int64_t position_0, int64_t position_1, int column)
+static __device__ __forceinline__ void mask_scores(float (&score)[KEYS / 2],
+                                                   const lr_cuda_fold &a,
+                                                   const step_note &note,
+                                                   int64_t position_0,
+                                                   int64_t position_1,
+                                                   int column)
 {
     const bool windowed = a.window > 0 && !(note.flags & STEP_WHOLE);
 #pragma unroll
@@ -143,17 +136,14 @@ template <int D, int KEYS> static __device__ __forceinline__ void fold_scores(fo
             for (int c = 0; c < 2; c++) {
                 float &x = t.score[4 * i + 2 * r + c];
                 x = exp2_fast(fmaf(x, scale2, -base[r]));
-                if constexpr (!SUMS_BY_MMA<D>)
-                    sum[r][c] += x;
+                sum[r][c] += x;
             }
-    if constexpr (!SUMS_BY_MMA<D>) {
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float all = sum[r][0] + sum[r][1];
-            all += __shfl_xor_sync(0xffffffffu, all, 1);
-            all += __shfl_xor_sync(0xffffffffu, all, 2);
-            t.l[r] = fmaf(t.l[r], t.factor[r], all);
-        }
+    for (int r = 0; r < 2; r++) {
+        float all = sum[r][0] + sum[r][1];
+        all += __shfl_xor_sync(0xffffffffu, all, 1);
+        all += __shfl_xor_sync(0xffffffffu, all, 2);
+        t.l[r] = fmaf(t.l[r], t.factor[r], all);
     }
 }
 
@@ -165,21 +155,19 @@ template <int D, int KEYS> static __device__ __forceinline__ void settle(fold_st
         t.weights[i] = pack_bf16(t.score[2 * i], t.score[2 * i + 1]);
     if (__any_sync(0xffffffffu, t.factor[0] != 1.0f || t.factor[1] != 1.0f)) {
 #pragma unroll
-        for (int i = 0; i < fold_state<D, KEYS>::COLUMNS; i++)
+        for (int i = 0; i < D / 2; i++)
             t.o[i] *= t.factor[i / 2 & 1];
     }
 }
 
 template <int D, int KEYS>
-static __device__ __forceinline__ void load_state(const lr_cuda_fold &a, fold_state<D, KEYS> &t, const row_place &place,
-                                                  int64_t slot, int r, int column)
+static __device__ __forceinline__ void
+load_state(const lr_cuda_fold &a, fold_state<D, KEYS> &t, const row_place &place, int64_t slot, int r, int column)
 {
     const bool there = a.resume && place.position >= 0;
     const int64_t at = (slot * a.n_rows + place.row) * a.shape.n_heads + place.head;
     t.m[r] = there ? a.m[at] : -INFINITY;
     t.l[r] = there ? a.l[at] : 0.0f;
-    if constexpr (SUMS_BY_MMA<D>)
-        t.o[D / 2 + 2 * r] = t.o[D / 2 + 2 * r + 1] = t.l[r];
 #pragma unroll
     for (int i = 0; i < D / 8; i++)
 #pragma unroll
@@ -189,18 +177,15 @@ static __device__ __forceinline__ void load_state(const lr_cuda_fold &a, fold_st
 }
 
 template <int D, int KEYS>
-static __device__ __forceinline__ void store_state(const lr_cuda_fold &a, const fold_state<D, KEYS> &t,
-                                                   const row_place &place, int64_t slot, int r, int column)
+static __device__ __forceinline__ void store_state(
+    const lr_cuda_fold &a, const fold_state<D, KEYS> &t, const row_place &place, int64_t slot, int r, int column)
 {
     if (place.position < 0)
         return;
     const int64_t at = (slot * a.n_rows + place.row) * a.shape.n_heads + place.head;
-    float l = t.l[r];
-    if constexpr (SUMS_BY_MMA<D>)
-        l = t.o[D / 2 + 2 * r];
     if (column == 0) {
         a.m[at] = t.m[r];
-        a.l[at] = l;
+        a.l[at] = t.l[r];
     }
     if (a.y == nullptr) {
 #pragma unroll
@@ -210,7 +195,7 @@ static __device__ __forceinline__ void store_state(const lr_cuda_fold &a, const 
                     make_float2(t.o[4 * i + 2 * r], t.o[4 * i + 2 * r + 1]);
         return;
     }
-    const float inverse = l > 0.0f ? 1.0f / l : 0.0f;
+    const float inverse = t.l[r] > 0.0f ? 1.0f / t.l[r] : 0.0f;
     uint16_t *y = static_cast<uint16_t *>(a.y) + place.row * a.y_stride + place.head * a.shape.head_dim;
     const bool aligned = (reinterpret_cast<uintptr_t>(y) & 3) == 0;
 #pragma unroll
@@ -229,8 +214,8 @@ static __device__ __forceinline__ void store_state(const lr_cuda_fold &a, const 
 static __device__ __forceinline__ step_note load_note(const step_note *notes, uint32_t stage)
 {
     const int4 x = load_shared(shared_address(notes) + stage * static_cast<uint32_t>(sizeof *notes));
-    return {static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(x.y)) << 32 | static_cast<uint32_t>(x.x)), x.z,
-            x.w};
+    return {static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(x.y)) << 32 | static_cast<uint32_t>(x.x)),
+            x.z, x.w};
 }
 
 /* The warpgroups take turns on the tensor cores: barrier 1 + c lets consumer c issue. */
@@ -258,8 +243,13 @@ template <int STAGES> static __device__ __forceinline__ ring_place after(ring_pl
 }
 
 template <int D, int C>
-static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const tile &w, int group, int consumer,
-                                               uint32_t round, ring_place &at, attention_shared<D, C> &s)
+static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
+                                               const tile &w,
+                                               int group,
+                                               int consumer,
+                                               uint32_t round,
+                                               ring_place &at,
+                                               attention_shared<D, C> &s)
 {
     using shape = tile_shape<D, C>;
     constexpr int KEYS = shape::KEYS, STAGES = shape::STAGES;
@@ -271,8 +261,7 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const tile
     const int64_t position_1 = place_row(a, w, group, tile_row + 8).position;
     const uint64_t q_tile = tile_descriptor(shared_address(s.q) + consumer * UNIT * 128, 0);
     const uint64_t k_tile = tile_descriptor(shared_address(s.k), 0);
-    const uint32_t v_lead = SUMS_BY_MMA<D> ? shared_address(s.ones) - shared_address(s.v) : KEYS * 128;
-    const uint64_t v_tile = tile_descriptor(shared_address(s.v), v_lead);
+    const uint64_t v_tile = tile_descriptor(shared_address(s.v), KEYS * 128);
     fold_state<D, KEYS> t;
 #pragma unroll
     for (int r = 0; r < 2; r++)
@@ -309,7 +298,7 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const tile
             multiply_qk<D, KEYS, PANEL>(t.score, q_tile, descriptor_at(k_tile, next.stage * shape::HALF_BYTES));
             wgmma_commit();
             barrier_wait(&s.v_full[at.stage], at.parity);
-            multiply_pv<D, KEYS>(t.o, t.weights, value_descriptor<D, C>(v_tile, at.stage));
+            multiply_pv<D, KEYS>(t.o, t.weights, descriptor_at(v_tile, at.stage * shape::HALF_BYTES));
             wgmma_commit();
             give_turn<C>(consumer);
             wgmma_wait<1>();
@@ -328,7 +317,7 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a, const tile
             barrier_arrive(&s.q_empty[consumer]);
         barrier_wait(&s.v_full[at.stage], at.parity);
         wgmma_fence();
-        multiply_pv<D, KEYS>(t.o, t.weights, value_descriptor<D, C>(v_tile, at.stage));
+        multiply_pv<D, KEYS>(t.o, t.weights, descriptor_at(v_tile, at.stage * shape::HALF_BYTES));
         wgmma_commit();
         wgmma_wait<0>();
         if (lane == 0)
@@ -368,9 +357,6 @@ __global__ void __launch_bounds__(tile_shape<D, C>::THREADS, (tile_shape<D, C>::
     const int group = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
     if (threadIdx.x == 0)
         make_barriers(s);
-    for (int i = threadIdx.x; i < shape::ONES_BYTES / 16; i += shape::THREADS)
-        reinterpret_cast<uint4 *>(s.ones)[i] = make_uint4(BF16_ONES, BF16_ONES, BF16_ONES, BF16_ONES);
-    fence_to_wgmma();
     __syncthreads();
     /* the shuffle tells the compiler that all lanes agree */
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x), 0) / 32;
@@ -403,18 +389,14 @@ __global__ void __launch_bounds__(tile_shape<D, C>::THREADS, (tile_shape<D, C>::
     }
 }
 
-/* Tile rows of the largest group of rows. */
-static int64_t tile_rows(const lr_cuda_fold &fold)
-{
-    return fold.max_tokens * (fold.shape.n_heads / fold.shape.n_kv_heads);
-}
-
 template <int D, int C> static cudaError_t launch(const lr_cuda_fold &fold, int n_multiprocessors, cudaStream_t stream)
 {
     using shape = tile_shape<D, C>;
     const int bytes = sizeof(attention_shared<D, C>) + 1024;
-    const int64_t n_tiles = (tile_rows(fold) + shape::ROWS - 1) / shape::ROWS;
-    const int64_t n_work = n_tiles * fold.shape.n_kv_heads * fold.n_groups, room = n_multiprocessors * shape::BLOCKS_EACH;
+    const int64_t group = fold.shape.n_heads / fold.shape.n_kv_heads;
+    const int64_t n_tiles = (fold.max_tokens * group + shape::ROWS - 1) / shape::ROWS;
+    const int64_t n_work = n_tiles * fold.shape.n_kv_heads * fold.n_groups,
+                  room = n_multiprocessors * shape::BLOCKS_EACH;
     const cudaError_t error =
         cudaFuncSetAttribute(attention_kernel<D, C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess)

@@ -67,8 +67,11 @@ static void add_list(const struct lr_exec *exec, struct lr_cuda_packet *packet, 
     packet->n_refs += n;
 }
 
-void lr_cuda_packet_add(const struct lr_exec *exec, struct lr_cuda_packet *packet, struct lr_cuda_rows rows,
-                        const struct lr_kv_list *lists, int64_t n_lists)
+void lr_cuda_packet_add(const struct lr_exec *exec,
+                        struct lr_cuda_packet *packet,
+                        struct lr_cuda_rows rows,
+                        const struct lr_kv_list *lists,
+                        int64_t n_lists)
 {
     rows.list = static_cast<int32_t>(packet->n_lists);
     rows.list_step = n_lists > 1;
@@ -85,8 +88,11 @@ static size_t append(struct lr_cuda_packet *packet, size_t *end, const void *fro
     return at;
 }
 
-void lr_cuda_packet_upload(const struct lr_exec *exec, struct lr_cuda_packet *packet, const int64_t *positions,
-                           int64_t n_positions, struct lr_cuda_fold *fold)
+void lr_cuda_packet_upload(const struct lr_exec *exec,
+                           struct lr_cuda_packet *packet,
+                           const int64_t *positions,
+                           int64_t n_positions,
+                           struct lr_cuda_fold *fold)
 {
     const size_t position_bytes = positions == NULL ? 0 : static_cast<size_t>(n_positions) * sizeof *positions;
     const bool inside = position_bytes > 0 && n_positions <= LR_CUDA_PACKET_POSITIONS;

@@ -33,12 +33,18 @@ void lr_cuda_packet_begin(struct lr_cuda_packet *packet);
 int lr_cuda_packet_fits(const struct lr_cuda_packet *packet, const struct lr_kv_list *lists, int64_t n_lists);
 
 /* Takes in the rows and their lists: one, or one for each KV head. */
-void lr_cuda_packet_add(const struct lr_exec *exec, struct lr_cuda_packet *packet, struct lr_cuda_rows rows,
-                        const struct lr_kv_list *lists, int64_t n_lists);
+void lr_cuda_packet_add(const struct lr_exec *exec,
+                        struct lr_cuda_packet *packet,
+                        struct lr_cuda_rows rows,
+                        const struct lr_kv_list *lists,
+                        int64_t n_lists);
 
 /* Uploads it and names it in the fold; positions: [n_positions] or NULL. */
-void lr_cuda_packet_upload(const struct lr_exec *exec, struct lr_cuda_packet *packet, const int64_t *positions,
-                           int64_t n_positions, struct lr_cuda_fold *fold);
+void lr_cuda_packet_upload(const struct lr_exec *exec,
+                           struct lr_cuda_packet *packet,
+                           const int64_t *positions,
+                           int64_t n_positions,
+                           struct lr_cuda_fold *fold);
 
 #ifdef __cplusplus
 }

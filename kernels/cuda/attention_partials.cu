@@ -52,8 +52,8 @@ static struct lr_cuda_rows rows_of(const struct lr_partials_args *args, const st
 }
 
 /* The items from `first` on, as many as one launch takes; returns the first one left over. */
-static int64_t fold_items(const struct lr_exec *exec, const struct lr_partials_args *args, struct lr_cuda_fold *fold,
-                          int64_t first)
+static int64_t
+fold_items(const struct lr_exec *exec, const struct lr_partials_args *args, struct lr_cuda_fold *fold, int64_t first)
 {
     struct lr_cuda_packet packet;
     int64_t i = first;

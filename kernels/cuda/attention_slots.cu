@@ -111,8 +111,11 @@ void lr_cuda_kv_store_rows(const struct lr_exec *exec, const struct lr_kv_store_
 
 /* The query blocks from `first` on, of a call with a list for each, as many as one launch takes; returns the first one
  * left over. */
-static int64_t fold_query_blocks(const struct lr_exec *exec, const struct lr_attention_args *args,
-                                 struct lr_cuda_fold *fold, int64_t first, int64_t n_blocks)
+static int64_t fold_query_blocks(const struct lr_exec *exec,
+                                 const struct lr_attention_args *args,
+                                 struct lr_cuda_fold *fold,
+                                 int64_t first,
+                                 int64_t n_blocks)
 {
     const int64_t n_kv_heads = args->shape.n_kv_heads, lead = args->positions[0] % lr::TOKENS;
     struct lr_cuda_packet packet;

@@ -1,6 +1,6 @@
-/* The producers' side of attention. A thread block goes through tiles; in each, one warp walks the tile's list, leaves out
- * the blocks that no row of the tile sees, and brings the others' K and V into the ring of stages by bulk copies. It runs
- * ahead of the consumers, into the next tiles too. Other warps bring the queries, one warp for each consumer.
+/* The producers' side of attention. A thread block goes through tiles; in each, one warp walks the tile's list, leaves
+ * out the blocks that no row of the tile sees, and brings the others' K and V into the ring of stages by bulk copies.
+ * It runs ahead of the consumers, into the next tiles too. Other warps bring the queries, one warp for each consumer.
  *
  *   list     | sinks |   not seen   |  window .......... diagonal |  not seen
  *   steps    0 1                     2 3 4 ...                  n
@@ -27,10 +27,7 @@ template <int D, int C> struct tile_shape {
     static constexpr int PANELS = D / 64;
     static constexpr int ROWS = C * UNIT;
     static constexpr int HALF_BYTES = KEYS * D * 2; /* K or V of a step */
-    static constexpr int STAGES = D == 64 ? (C == 1 ? 2 : 4) : D == 256 && C == 2 ? 2 : 3;
-    /* Heads of 64 channels get the row sums from the tensor cores, as 8 more columns of V that are all ones: there the
-     * other units are the limit. */
-    static constexpr int ONES_BYTES = D == 64 ? KEYS * 128 : 0;
+    static constexpr int STAGES = D == 64 ? (C == 1 ? 3 : 4) : D == 256 && C == 2 ? 2 : 3;
     static constexpr int THREADS = (C + 1) * WARPGROUP;
     static constexpr int BLOCKS_EACH = D == 64 && C == 1 ? 2 : 1; /* thread blocks on a multiprocessor */
     static constexpr int PRODUCER_REGISTERS = C == 3 ? 32 : C == 2 ? 40 : 24;
@@ -50,7 +47,6 @@ template <int D, int C> struct attention_shared {
     alignas(1024) uint8_t q[shape::ROWS * D * 2];
     alignas(1024) uint8_t k[shape::STAGES][shape::HALF_BYTES];
     alignas(1024) uint8_t v[shape::STAGES][shape::HALF_BYTES];
-    alignas(1024) uint8_t ones[shape::ONES_BYTES + 16]; /* behind v, where its descriptors find them */
     step_note notes[shape::STAGES];
     uint64_t k_full[shape::STAGES], v_full[shape::STAGES], k_empty[shape::STAGES], v_empty[shape::STAGES];
     uint64_t q_full[C], q_empty[C];
@@ -64,10 +60,10 @@ struct tile {
     int64_t first, last; /* its rows of q */
 };
 
-/* KV heads one after the other, so that their blocks stay in L2; in each the last tiles first, as a causal document's last
- * tiles have the most work. False where no row is in the tile. */
-static __device__ __forceinline__ bool take_tile(const lr_cuda_fold &a, int group, int n_tiles, int tile_rows, int work,
-                                                 tile &t)
+/* KV heads one after the other, so that their blocks stay in L2; in each the last tiles first, as a causal document's
+ * last tiles have the most work. False where no row is in the tile. */
+static __device__ __forceinline__ bool
+take_tile(const lr_cuda_fold &a, int group, int n_tiles, int tile_rows, int work, tile &t)
 {
     const int n_kv_heads = static_cast<int>(a.shape.n_kv_heads), outer = work / n_tiles;
     t.kv_head = outer % n_kv_heads;
@@ -113,7 +109,13 @@ static __device__ __forceinline__ walk make_walk(const lr_cuda_fold &a, const ti
 {
     const lr_cuda_list list = a.lists[t.rows.list + t.kv_head * t.rows.list_step];
     const uint64_t refs = list.refs + (list.relative ? reinterpret_cast<uint64_t>(a.packet) : 0);
-    walk w = {reinterpret_cast<const lr_kv_ref *>(refs), list.n_refs, 0, a.position + t.first, a.position + t.last, a.window, a.sinks};
+    walk w = {reinterpret_cast<const lr_kv_ref *>(refs),
+              list.n_refs,
+              0,
+              a.position + t.first,
+              a.position + t.last,
+              a.window,
+              a.sinks};
     if (a.positions != nullptr) {
         w.first_position = t.rows.first_position;
         w.last_position = t.rows.last_position;
@@ -248,8 +250,8 @@ static __device__ __forceinline__ void produce(const walk &w, int kv_head, ring_
 /* One warp puts a consumer's 64 query rows into shared memory, swizzled; rows and channels that do not exist are zero.
  * `round`: how many tiles the thread block has been through. */
 template <int D, int C>
-static __device__ __forceinline__ void bring_queries(const lr_cuda_fold &a, const tile &t, int group, int consumer,
-                                                     uint32_t round, attention_shared<D, C> &s)
+static __device__ __forceinline__ void
+bring_queries(const lr_cuda_fold &a, const tile &t, int group, int consumer, uint32_t round, attention_shared<D, C> &s)
 {
     constexpr int PIECES = D / 8;
     const int lane = threadIdx.x % 32;

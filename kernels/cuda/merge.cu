@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_accumulate_kernel(const l
 
 __global__ void merge_finish_kernel(const lr_merge_args a)
 {
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, d = i % a.head_dim, at = i / a.head_dim;
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, d = i % a.head_dim,
+                  at = i / a.head_dim;
     if (at >= a.n_rows * a.n_heads)
         return;
     const int64_t *sums = a.sums + at * (a.head_dim + 1);
@@ -110,8 +111,8 @@ void lr_cuda_merge_bounds(const struct lr_exec *exec, const struct lr_merge_args
     const int64_t n = args->n_rows * args->n_heads;
     if (n == 0)
         return;
-    lr::merge_bounds_kernel<<<static_cast<unsigned>(n), lr::MERGE_THREADS, 0, static_cast<cudaStream_t>(exec->stream)>>>(
-        *args);
+    lr::merge_bounds_kernel<<<static_cast<unsigned>(n), lr::MERGE_THREADS, 0,
+                              static_cast<cudaStream_t>(exec->stream)>>>(*args);
     lr_cuda_note(exec, cudaGetLastError(), "merge_bounds");
 }
 
@@ -130,7 +131,7 @@ void lr_cuda_merge_finish(const struct lr_exec *exec, const struct lr_merge_args
     const int64_t n = args->n_rows * args->n_heads * args->head_dim;
     if (n == 0)
         return;
-    lr::merge_finish_kernel<<<static_cast<unsigned>((n + 255) / 256), 256, 0, static_cast<cudaStream_t>(exec->stream)>>>(
-        *args);
+    lr::merge_finish_kernel<<<static_cast<unsigned>((n + 255) / 256), 256, 0,
+                              static_cast<cudaStream_t>(exec->stream)>>>(*args);
     lr_cuda_note(exec, cudaGetLastError(), "merge_finish");
 }

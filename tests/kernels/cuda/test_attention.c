@@ -1,5 +1,5 @@
-/* Attention over KV blocks on CUDA against the float64 truth: every head dimension, groups, one list and a list for each
- * query block, windows, sinks, chosen blocks; folding in several calls, rows alone, partials and their merge. */
+/* Attention over KV blocks on CUDA against the float64 truth: every head dimension, groups, one list and a list for
+ * each query block, windows, sinks, chosen blocks; folding in several calls, rows alone, partials and their merge. */
 #include "tests/kernels/cuda/check.h"
 
 #include "kernels/ref.h"
@@ -10,7 +10,7 @@ enum { BLOCK = LR_KV_BLOCK_TOKENS, MAX_BLOCKS = 64, MAX_LISTS = 256, ROW_GAP = 8
 struct document {
     struct lr_kv_shape shape;
     int64_t n_tokens, n_blocks;
-    float *k, *v;    /* [n_tokens, width + ROW_GAP], as bf16 holds them */
+    float *k, *v; /* [n_tokens, width + ROW_GAP], as bf16 holds them */
     uint16_t *device_k, *device_v;
     void *blocks[MAX_BLOCKS];
     struct lr_kv_ref refs[MAX_BLOCKS], ref_refs[MAX_BLOCKS]; /* on the device; for the truth */
@@ -38,8 +38,8 @@ static float *pack_block(const struct document *d, int64_t block)
     return out;
 }
 
-static struct document take_document(int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_t n_tokens,
-                                     float key_size, uint64_t *seed)
+static struct document
+take_document(int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_t n_tokens, float key_size, uint64_t *seed)
 {
     struct document d = {.shape = {n_heads, n_kv_heads, head_dim, LR_BF16}, .n_tokens = n_tokens};
     int64_t width = n_kv_heads * head_dim + ROW_GAP;
@@ -170,8 +170,13 @@ static struct outputs take_outputs(const struct lr_kv_shape *s, int64_t n_rows, 
 }
 
 /* Rows [first, first + n) of the case, from the lists' blocks in `folds` calls. */
-static void fold_rows(struct lr_attention_args args, const struct listing *lists, int64_t first, int64_t n, int folds,
-                      struct outputs out, int with_y)
+static void fold_rows(struct lr_attention_args args,
+                      const struct listing *lists,
+                      int64_t first,
+                      int64_t n,
+                      int folds,
+                      struct outputs out,
+                      int with_y)
 {
     struct lr_kv_list parts[MAX_LISTS];
     int64_t skipped = args.positions[first] / BLOCK - args.positions[0] / BLOCK;
@@ -267,9 +272,9 @@ static void run_cases(const struct attention_case *cases, int n)
 static void run_dims(void)
 {
     static const struct attention_case cases[] = {
-        {4, 2, 64, 300, 0, 300, 0, 0, ONE, 2, 2},   {2, 1, 128, 300, 0, 300, 0, 0, ONE, 2, 2},
-        {2, 1, 256, 300, 0, 300, 0, 0, ONE, 2, 2},  {2, 2, 16, 200, 0, 200, 0, 0, ONE, 2, 2},
-        {2, 1, 32, 200, 0, 200, 0, 0, ONE, 2, 2},   {2, 1, 96, 200, 0, 200, 0, 0, ONE, 2, 2},
+        {4, 2, 64, 300, 0, 300, 0, 0, ONE, 2, 2},  {2, 1, 128, 300, 0, 300, 0, 0, ONE, 2, 2},
+        {2, 1, 256, 300, 0, 300, 0, 0, ONE, 2, 2}, {2, 2, 16, 200, 0, 200, 0, 0, ONE, 2, 2},
+        {2, 1, 32, 200, 0, 200, 0, 0, ONE, 2, 2},  {2, 1, 96, 200, 0, 200, 0, 0, ONE, 2, 2},
         {1, 1, 200, 200, 0, 200, 0, 0, ONE, 2, 2},
     };
     run_cases(cases, CHECK_COUNT(cases));
@@ -278,9 +283,9 @@ static void run_dims(void)
 static void run_groups(void)
 {
     static const struct attention_case cases[] = {
-        {3, 1, 64, 500, 77, 300, 0, 0, ONE, 2, 2},     {5, 1, 128, 400, 130, 150, 0, 0, ONE, 2, 2},
-        {16, 2, 64, 300, 200, 77, 0, 0, ONE, 2, 2},    {8, 8, 64, 260, 128, 132, 0, 0, ONE, 2, 2},
-        {7, 1, 256, 260, 100, 100, 0, 0, ONE, 2, 2},   {64, 1, 64, 300, 290, 10, 0, 0, ONE, 2, 2},
+        {3, 1, 64, 500, 77, 300, 0, 0, ONE, 2, 2},    {5, 1, 128, 400, 130, 150, 0, 0, ONE, 2, 2},
+        {16, 2, 64, 300, 200, 77, 0, 0, ONE, 2, 2},   {8, 8, 64, 260, 128, 132, 0, 0, ONE, 2, 2},
+        {7, 1, 256, 260, 100, 100, 0, 0, ONE, 2, 2},  {64, 1, 64, 300, 290, 10, 0, 0, ONE, 2, 2},
         {16, 2, 128, 1100, 1099, 1, 0, 0, ONE, 2, 2},
     };
     run_cases(cases, CHECK_COUNT(cases));
@@ -289,8 +294,8 @@ static void run_groups(void)
 static void run_windows(void)
 {
     static const struct attention_case cases[] = {
-        {2, 1, 64, 1500, 900, 300, 200, 0, ONE, 2, 2},     {2, 1, 128, 1500, 1000, 200, 129, 5, ONE, 2, 2},
-        {2, 1, 128, 6000, 5800, 100, 1, 130, ONE, 2, 2},   {2, 1, 256, 1000, 600, 150, 300, 64, ONE, 2, 2},
+        {2, 1, 64, 1500, 900, 300, 200, 0, ONE, 2, 2},    {2, 1, 128, 1500, 1000, 200, 129, 5, ONE, 2, 2},
+        {2, 1, 128, 6000, 5800, 100, 1, 130, ONE, 2, 2},  {2, 1, 256, 1000, 600, 150, 300, 64, ONE, 2, 2},
         {4, 2, 64, 6000, 5600, 200, 256, 128, ONE, 2, 2},
     };
     run_cases(cases, CHECK_COUNT(cases));
@@ -325,8 +330,14 @@ struct partial_case {
 enum { PARTIAL_SLOTS = 5, PARTIAL_TOKENS = 1000 };
 
 /* The truth of one row over one list for each KV head, as unnormalised as a partial is: y and lse. */
-static void ref_row(const struct document *d, const float *q, int64_t q_stride, int64_t row, int64_t position,
-                    const struct lr_kv_list *list, double *y, double *lse)
+static void ref_row(const struct document *d,
+                    const float *q,
+                    int64_t q_stride,
+                    int64_t row,
+                    int64_t position,
+                    const struct lr_kv_list *list,
+                    double *y,
+                    double *lse)
 {
     struct lr_attention_args args = {.shape = d->shape,
                                      .q = q + row * q_stride,
@@ -366,8 +377,8 @@ static void check_merge(const struct lr_kv_shape *s, int64_t n_rows, const struc
         size_t one = (size_t)(n * (k == 2 ? s->head_dim : 1)) * sizeof(float);
         turned[k] = check_host(PARTIAL_SLOTS * one);
         for (int p = 0; p < PARTIAL_SLOTS; p++)
-            memcpy((char *)turned[k] + (size_t)((p + 2) % PARTIAL_SLOTS) * one, (const char *)sources[k] + (size_t)p * one,
-                   one);
+            memcpy((char *)turned[k] + (size_t)((p + 2) % PARTIAL_SLOTS) * one,
+                   (const char *)sources[k] + (size_t)p * one, one);
         turned[k] = check_device_copy(turned[k], PARTIAL_SLOTS * one);
     }
     int64_t *sums[2];
@@ -464,7 +475,7 @@ static void run_partial_case(const struct partial_case *c, uint64_t seed)
 
 static void run_partials(void)
 {
-    static const struct partial_case cases[] = {{4, 2, 64, 32}, {4, 2, 64, 1},   {4, 2, 64, 130}, {16, 2, 128, 20},
+    static const struct partial_case cases[] = {{4, 2, 64, 32},  {4, 2, 64, 1}, {4, 2, 64, 130}, {16, 2, 128, 20},
                                                 {8, 1, 256, 33}, {3, 3, 72, 5}, {32, 8, 128, 3}, {6, 2, 32, 100}};
     for (int i = 0; i < CHECK_COUNT(cases); i++)
         run_partial_case(&cases[i], 1000 + (uint64_t)i);

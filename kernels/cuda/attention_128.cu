@@ -1,9 +1,0 @@
-/* Attention for heads of 65 to 128 channels. */
-#include "kernels/cuda/attention_kernel.cuh"
-#include "kernels/cuda/attention_launch.h"
-
-int lr_cuda_fold_128(const struct lr_cuda_fold *fold, int n_multiprocessors, cudaStream_t stream)
-{
-    return lr::tile_rows(*fold) <= lr::UNIT ? lr::launch<128, 1>(*fold, n_multiprocessors, stream)
-                                            : lr::launch<128, 2>(*fold, n_multiprocessors, stream);
-}
