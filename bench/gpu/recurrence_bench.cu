@@ -1,9 +1,9 @@
 /* Times the chunked recurrence on one GPU:  recurrence_bench [n_repeats]
  *
- * One line a shape: the median over n_repeats of prepare, of output and of both, TFLOP/s of the products that the kernels
- * make, TB/s of the bytes that must move (q, k, v and gates read once, o written once), and the share of the rate at
- * which this device copies. Inputs are random, as are the states; nothing is warm in the second-level cache but what
- * the kernels themselves leave there. bench/gpu/recurrence_peers.py times the peers on the same shapes. */
+ * One line a shape: the median over n_repeats of prepare, of output and of both, TFLOP/s of the products that the
+ * kernels make, TB/s of the bytes that must move (q, k, v and gates read once, o written once), and the share of the
+ * rate at which this device copies. Inputs are random, as are the states; nothing is warm in the second-level cache but
+ * what the kernels themselves leave there. bench/gpu/recurrence_peers.py times the peers on the same shapes. */
 #include "kernels/cuda/recurrence.h"
 #include <algorithm>
 #include <cuda_bf16.h>
@@ -67,8 +67,8 @@ double flops_of(const struct shape &s)
     const double d = static_cast<double>(s.heads.dk);
     const double scores = 2 * 64 * d;
     const double output = 2 * d * (2 * d + 64);
-    const double delta = s.rule == LR_RECURRENCE_DELTA ? 2 * d * (d + 64) + 4 * d * (2 * d + 64) + 2 * 64 * d
-                                                       : 2 * d * d;
+    const double delta =
+        s.rule == LR_RECURRENCE_DELTA ? 2 * d * (d + 64) + 4 * d * (2 * d + 64) + 2 * 64 * d : 2 * d * d;
     return static_cast<double>(s.n_rows * s.heads.n_v_heads) * (scores + output + delta);
 }
 

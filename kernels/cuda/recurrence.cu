@@ -42,8 +42,7 @@ static struct work_parts parts_of(enum lr_recurrence_rule rule, const struct lr_
     const int64_t slot_heads = n_slots * shape.n_v_heads;
     const int64_t state = shape.dk * shape.dv * 4;
     struct work_parts parts;
-    parts.inverses =
-        delta && tiles_fit(shape) ? padded(slot_heads * lr_recurrence_sub_tokens(shape) * CHUNK * 2) : 0;
+    parts.inverses = delta && tiles_fit(shape) ? padded(slot_heads * lr_recurrence_sub_tokens(shape) * CHUNK * 2) : 0;
     parts.b = padded(slot_heads * state);
     parts.m = padded(slot_heads * (delta ? shape.dk * shape.dk * 4 : 4));
     parts.entering = parts.b;
@@ -98,8 +97,8 @@ extern "C" int lr_recurrence_sub_tokens(struct lr_delta_shape shape)
     return heads >= 16 ? 4096 : heads >= 8 ? 2048 : 1024;
 }
 
-extern "C" size_t lr_recurrence_work_bytes(enum lr_recurrence_rule rule, struct lr_delta_shape shape, int64_t n_rows,
-                                           int64_t n_sequences)
+extern "C" size_t
+lr_recurrence_work_bytes(enum lr_recurrence_rule rule, struct lr_delta_shape shape, int64_t n_rows, int64_t n_sequences)
 {
     const struct work_parts parts = parts_of(rule, shape, slots(shape, n_rows, n_sequences));
     return parts.inverses + parts.b + parts.m + parts.entering;
@@ -126,8 +125,8 @@ extern "C" int lr_recurrence_summary(void *stream, const struct lr_recurrence_ar
                                         args->rule == LR_RECURRENCE_DELTA, m, b);
 }
 
-extern "C" int lr_recurrence_output(void *stream, const struct lr_recurrence_args *args, const float *s_in, lr_act *o,
-                                    int64_t o_stride, float *s_out)
+extern "C" int lr_recurrence_output(
+    void *stream, const struct lr_recurrence_args *args, const float *s_in, lr_act *o, int64_t o_stride, float *s_out)
 {
     cudaStream_t to = static_cast<cudaStream_t>(stream);
     const bool delta = args->rule == LR_RECURRENCE_DELTA;

@@ -15,8 +15,8 @@
  *   summary   folds them into the (M, B) of each sequence: what sequence parallelism exchanges
  *   output    folds s_in through them and writes o and the final state
  *
- * Host threads: any, one stream an args->work at a time. Nothing blocks and nothing is allocated. Every launcher returns
- * the CUDA error of its launches as an int, 0 on success; after a failure the outputs are undefined. */
+ * Host threads: any, one stream an args->work at a time. Nothing blocks and nothing is allocated. Every launcher
+ * returns the CUDA error of its launches as an int, 0 on success; after a failure the outputs are undefined. */
 #ifndef LR_KERNELS_CUDA_RECURRENCE_H
 #define LR_KERNELS_CUDA_RECURRENCE_H
 
@@ -33,7 +33,7 @@ enum { LR_RECURRENCE_CHUNK_TOKENS = 64, LR_RECURRENCE_MAX_DIM = 256 };
 struct lr_recurrence_args {
     enum lr_recurrence_rule rule;
     struct lr_delta_shape shape; /* dk and dv up to LR_RECURRENCE_MAX_DIM; fast where both are 64 or both 128 */
-    const lr_act *q;             /* [n_rows, n_k_heads * dk], row stride q_stride; fast where rows are 16-byte aligned */
+    const lr_act *q; /* [n_rows, n_k_heads * dk], row stride q_stride; fast where rows are 16-byte aligned */
     const lr_act *k;
     const lr_act *v; /* [n_rows, n_v_heads * dv] */
     int64_t q_stride, k_stride, v_stride;
@@ -41,7 +41,8 @@ struct lr_recurrence_args {
     const float *beta; /* [n_rows, n_v_heads]; LR_RECURRENCE_DELTA only */
     float scale;
     int64_t n_rows;
-    const int64_t *offsets; /* [n_sequences + 1] ascending from 0 to n_rows, device memory; NULL where n_sequences is 1 */
+    const int64_t
+        *offsets; /* [n_sequences + 1] ascending from 0 to n_rows, device memory; NULL where n_sequences is 1 */
     int64_t n_sequences;
     void *work; /* lr_recurrence_work_bytes, 256-byte aligned device memory: prepare writes it, the other two read it */
 };
@@ -50,7 +51,9 @@ struct lr_recurrence_args {
 int lr_recurrence_sub_tokens(struct lr_delta_shape shape);
 
 /* Bytes of args->work. */
-size_t lr_recurrence_work_bytes(enum lr_recurrence_rule rule, struct lr_delta_shape shape, int64_t n_rows,
+size_t lr_recurrence_work_bytes(enum lr_recurrence_rule rule,
+                                struct lr_delta_shape shape,
+                                int64_t n_rows,
                                 int64_t n_sequences);
 
 int lr_recurrence_prepare(void *stream, const struct lr_recurrence_args *args);
@@ -61,8 +64,8 @@ int lr_recurrence_summary(void *stream, const struct lr_recurrence_args *args, f
 
 /* o [n_rows, n_v_heads * dv], row stride o_stride. s_in [n_sequences, n_v_heads, dk, dv] or NULL
  * (zero), s_out the same or NULL (not wanted); s_out may be s_in. After prepare. */
-int lr_recurrence_output(void *stream, const struct lr_recurrence_args *args, const float *s_in, lr_act *o,
-                         int64_t o_stride, float *s_out);
+int lr_recurrence_output(
+    void *stream, const struct lr_recurrence_args *args, const float *s_in, lr_act *o, int64_t o_stride, float *s_out);
 
 /* S_out = M S_in + B for every head, float32: the delta_fold of the operations table. */
 int lr_recurrence_fold(void *stream, const struct lr_delta_fold_args *args);

@@ -1,8 +1,8 @@
 /* How the tokens of a launch are cut, and where partial results lie in work. Shared by the recurrence's kernels.
  *
  * Slots: sub-segment j of sequence i has slot offsets[i] / sub + i + j, where sub = sub_tokens. Slots of two sequences
- * never collide and need no prefix sum over the sequences; some stay empty. n_slots = n_rows / sub + n_sequences; a lone
- * sequence has as many as it needs.
+ * never collide and need no prefix sum over the sequences; some stay empty. n_slots = n_rows / sub + n_sequences; a
+ * lone sequence has as many as it needs.
  *
  * States of slots lie transposed: a row for each column of S, dk long. So does M: a row for each of its columns. */
 #ifndef LR_KERNELS_CUDA_RECURRENCE_GRID_CUH

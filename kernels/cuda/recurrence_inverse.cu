@@ -52,8 +52,8 @@ static __device__ __forceinline__ struct block_fragment load_fragment(uint32_t s
     return f;
 }
 
-static __device__ __forceinline__ void multiply_bf16(float (&d)[4], const struct block_fragment &a, uint32_t b0,
-                                                     uint32_t b1)
+static __device__ __forceinline__ void
+multiply_bf16(float (&d)[4], const struct block_fragment &a, uint32_t b0, uint32_t b1)
 {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
@@ -61,8 +61,8 @@ static __device__ __forceinline__ void multiply_bf16(float (&d)[4], const struct
                  : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
 }
 
-static __device__ __forceinline__ void multiply_f16(float (&d)[4], const struct block_fragment &a, uint32_t b0,
-                                                    uint32_t b1)
+static __device__ __forceinline__ void
+multiply_f16(float (&d)[4], const struct block_fragment &a, uint32_t b0, uint32_t b1)
 {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
@@ -71,8 +71,8 @@ static __device__ __forceinline__ void multiply_f16(float (&d)[4], const struct 
 }
 
 /* sums += A B^T, with B as [n][k]. */
-static __device__ __forceinline__ void add_product(struct block_sums &s, const struct block_fragment &a,
-                                                   const struct block_fragment &b)
+static __device__ __forceinline__ void
+add_product(struct block_sums &s, const struct block_fragment &a, const struct block_fragment &b)
 {
     multiply_f16(s.d[0], a, b.r[0], b.r[2]);
     multiply_f16(s.d[1], a, b.r[1], b.r[3]);
@@ -104,8 +104,8 @@ static __device__ __forceinline__ void lower_products(struct block_sums (&l)[LOW
         struct block_fragment rows[N_BLOCKS];
 #pragma unroll
         for (int i = 0; i < N_BLOCKS; i++) {
-            rows[i] = load_fragment(k_tile + kk / 4 * CHUNK * 128 +
-                                    swizzled(16 * i + lane % 16, 2 * (kk % 4) + lane / 16));
+            rows[i] =
+                load_fragment(k_tile + kk / 4 * CHUNK * 128 + swizzled(16 * i + lane % 16, 2 * (kk % 4) + lane / 16));
         }
 #pragma unroll
         for (int i = 0; i < N_BLOCKS; i++) {
@@ -119,8 +119,8 @@ static __device__ __forceinline__ void lower_products(struct block_sums (&l)[LOW
 }
 
 /* Block (i, j) of K K^T to L; zero on and over the diagonal. */
-static __device__ __forceinline__ void decay_block(struct block_sums &s, int i, int j, const float *sum,
-                                                   const float *beta, int lane)
+static __device__ __forceinline__ void
+decay_block(struct block_sums &s, int i, int j, const float *sum, const float *beta, int lane)
 {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -138,8 +138,8 @@ static __device__ __forceinline__ void decay_block(struct block_sums &s, int i, 
     }
 }
 
-/* The inverses of the diagonal blocks I + L_ii from shared memory, to shared memory in fp16: lane l has column l % 16 of
- * blocks l / 16 and 2 + l / 16. */
+/* The inverses of the diagonal blocks I + L_ii from shared memory, to shared memory in fp16: lane l has column l % 16
+ * of blocks l / 16 and 2 + l / 16. */
 static __device__ __forceinline__ void substitute(__half *inverses, const float *diagonal, int lane)
 {
     const int column = lane % 16;
@@ -173,8 +173,8 @@ static __device__ __forceinline__ void substitute(__half *inverses, const float 
 }
 
 /* The inclusive sums of log2 decays of the 64 tokens from row on. */
-static __device__ __forceinline__ void sum_log_decays(float *sums, const recurrence_params &p, int64_t row, int64_t end,
-                                                      int head, int lane)
+static __device__ __forceinline__ void
+sum_log_decays(float *sums, const recurrence_params &p, int64_t row, int64_t end, int head, int lane)
 {
     const int64_t first_row = row + 2 * lane;
     const float first = log2_decay(gate_at(p, first_row, end, head));
@@ -217,8 +217,8 @@ static __device__ __forceinline__ void solve_below(struct block_fragment (&x)[LO
 }
 
 /* T [t][s] into a swizzled block from X^T [s][t], in bf16. */
-static __device__ __forceinline__ void store_blocks(uint32_t t_tile, const struct block_fragment (&x)[LOWER_BLOCKS],
-                                                    const float *beta, int lane)
+static __device__ __forceinline__ void
+store_blocks(uint32_t t_tile, const struct block_fragment (&x)[LOWER_BLOCKS], const float *beta, int lane)
 {
 #pragma unroll
     for (int j = 0; j < N_BLOCKS; j++) {
@@ -307,8 +307,7 @@ static __global__ void __launch_bounds__(32, CHUNKS_A_MULTIPROCESSOR)
     for (int i = 0; i < N_BLOCKS; i++) {
         const uint32_t block = shared_address(inverses + i * 16 * INVERSE_PITCH);
         d[i] = load_fragment(block + (lane % 16) * INVERSE_PITCH * 2 + lane / 16 * 16);
-        load_transposed(x[lower(i, i)].r,
-                        block + (lane / 16 * 8 + lane % 8) * INVERSE_PITCH * 2 + lane / 8 % 2 * 16);
+        load_transposed(x[lower(i, i)].r, block + (lane / 16 * 8 + lane % 8) * INVERSE_PITCH * 2 + lane / 8 % 2 * 16);
     }
     __syncwarp();
     solve_below(x, l, d);

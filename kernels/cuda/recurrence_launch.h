@@ -19,12 +19,12 @@ cudaError_t launch_recurrence_pass(cudaStream_t stream, const recurrence_params 
 cudaError_t launch_recurrence_plain(cudaStream_t stream, const recurrence_params &p, bool delta, bool output);
 
 /* s_in (NULL: zero) through p.m and p.b of each sequence's slots: p.entering and, unless NULL, s_out. */
-cudaError_t launch_recurrence_scan(cudaStream_t stream, const recurrence_params &p, bool delta, const float *s_in,
-                                   float *s_out);
+cudaError_t
+launch_recurrence_scan(cudaStream_t stream, const recurrence_params &p, bool delta, const float *s_in, float *s_out);
 
 /* p.m and p.b of each sequence's slots folded into one pair a sequence. */
-cudaError_t launch_recurrence_fold_slots(cudaStream_t stream, const recurrence_params &p, bool delta, float *m,
-                                         float *b);
+cudaError_t
+launch_recurrence_fold_slots(cudaStream_t stream, const recurrence_params &p, bool delta, float *m, float *b);
 
 } // namespace lr
 

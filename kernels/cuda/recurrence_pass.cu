@@ -5,7 +5,8 @@
  *
  * The state is kept transposed, St [dv, dk]: a warpgroup holds 64 rows of it as float32 accumulators and never needs
  * another's rows. M is 64-row blocks of the same recurrence with v = 0, so its rows are just more rows. Per chunk, with
- * G the inclusive sums of log decays, T = (I + L)^-1 diag(beta) from recurrence_inverse.cu, P = Q K^T masked and decayed:
+ * G the inclusive sums of log decays, T = (I + L)^-1 diag(beta) from recurrence_inverse.cu, P = Q K^T masked and
+ * decayed:
  *
  *   X^T  = St K^T                      [64 rows, 64 tokens]     A from registers, B from shared memory, throughout
  *   R^T  = V^T - exp(G) X^T
@@ -49,11 +50,12 @@ template <int DK, int ROW_BLOCKS, bool DELTA, bool OUTPUT> struct pass_layout {
 };
 
 /* Per-token factors of a stage's chunk. */
-struct __align__(16) chunk_decays {
-    float sum[CHUNK];     /* G, in log2 */
+struct __align__(16) chunk_decays
+{
+    float sum[CHUNK];        /* G, in log2 */
     float from_start[CHUNK]; /* exp(G), times the scale of q where outputs are made */
-    float to_end[CHUNK];  /* exp(G_end - G) */
-    float whole;          /* exp(G_end) */
+    float to_end[CHUNK];     /* exp(G_end - G) */
+    float whole;             /* exp(G_end) */
 };
 
 template <int N_STAGES> struct pass_shared {
@@ -73,8 +75,8 @@ template <int N> static __device__ __forceinline__ void settle(float (&d)[N])
 }
 
 /* 64 tokens x 64 columns into a swizzled block, zeros behind the last token. 128 threads. */
-static __device__ __forceinline__ void load_block(uint32_t block, const __nv_bfloat16 *columns, int64_t stride,
-                                                  int64_t row, int64_t end, int thread)
+static __device__ __forceinline__ void
+load_block(uint32_t block, const __nv_bfloat16 *columns, int64_t stride, int64_t row, int64_t end, int thread)
 {
     const int piece = thread % 8;
 #pragma unroll
@@ -126,8 +128,8 @@ static __device__ __forceinline__ void clear_above_inverse(uint8_t *block, int t
 }
 
 /* One warp: the decays of tokens [row, row + 64) from the log2 decays of tokens 2 lane and 2 lane + 1. */
-static __device__ __forceinline__ float sum_decays(struct chunk_decays *d, float first, float second, float scale,
-                                                   int lane)
+static __device__ __forceinline__ float
+sum_decays(struct chunk_decays *d, float first, float second, float scale, int lane)
 {
     float sum = first + second;
 #pragma unroll
@@ -155,8 +157,8 @@ static __device__ __forceinline__ float sum_decays(struct chunk_decays *d, float
 
 /* P[t, s] = scale exp(G_t - G_s) (q_t . k_s) for s <= t, else 0, in bf16. 128 threads. */
 template <int K_BLOCKS>
-static __device__ __forceinline__ void make_scores(uint8_t *scores, uint32_t q, uint32_t k, const float *sum,
-                                                   float scale, int thread)
+static __device__ __forceinline__ void
+make_scores(uint8_t *scores, uint32_t q, uint32_t k, const float *sum, float scale, int thread)
 {
     float d[32];
     const uint64_t q_tile = tile_descriptor(q, 0);
@@ -188,8 +190,14 @@ static __device__ __forceinline__ void make_scores(uint8_t *scores, uint32_t q, 
 }
 
 template <int DK, int ROW_BLOCKS, bool DELTA, bool OUTPUT>
-static __device__ __forceinline__ void produce(const recurrence_params &p, const struct span &span, int64_t slot,
-                                               int head, int first_block, uint8_t *stages, uint8_t *scores, void *shared)
+static __device__ __forceinline__ void produce(const recurrence_params &p,
+                                               const struct span &span,
+                                               int64_t slot,
+                                               int head,
+                                               int first_block,
+                                               uint8_t *stages,
+                                               uint8_t *scores,
+                                               void *shared)
 {
     using layout = pass_layout<DK, ROW_BLOCKS, DELTA, OUTPUT>;
     constexpr int N_STAGES = layout::N_STAGES;
@@ -287,8 +295,14 @@ static __device__ __forceinline__ void add_to_state(float (&state)[32], const ui
 }
 
 template <int DK, int ROW_BLOCKS, bool DELTA, bool OUTPUT>
-static __device__ __forceinline__ void consume(const recurrence_params &p, const struct span &span, int64_t slot,
-                                               int head, int first_block, uint8_t *stages, uint8_t *scores, void *shared)
+static __device__ __forceinline__ void consume(const recurrence_params &p,
+                                               const struct span &span,
+                                               int64_t slot,
+                                               int head,
+                                               int first_block,
+                                               uint8_t *stages,
+                                               uint8_t *scores,
+                                               void *shared)
 {
     using layout = pass_layout<DK, ROW_BLOCKS, DELTA, OUTPUT>;
     constexpr int N_STAGES = layout::N_STAGES;
@@ -327,7 +341,8 @@ static __device__ __forceinline__ void consume(const recurrence_params &p, const
         }
     }
 
-    /* Where this lane's piece of a 16 x 16 block of V^T (and of o^T, which takes its place) lies: see load_transposed. */
+    /* Where this lane's piece of a 16 x 16 block of V^T (and of o^T, which takes its place) lies: see load_transposed.
+     */
     const uint32_t value_row = lane / 16 * 8 + lane % 8;
     const uint32_t value_piece = 2 * warp + lane / 8 % 2;
 
@@ -394,8 +409,8 @@ static __device__ __forceinline__ void consume(const recurrence_params &p, const
             for (int kk = 0; kk < 4; kk++) {
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
-                    const float2 decay = *reinterpret_cast<const float2 *>(
-                        &decays->from_start[16 * kk + 8 * (r / 2) + column]);
+                    const float2 decay =
+                        *reinterpret_cast<const float2 *>(&decays->from_start[16 * kk + 8 * (r / 2) + column]);
                     u[kk][r] = pack_bf16(low_of(u[kk][r]) - decay.x * x[8 * kk + 2 * r],
                                          high_of(u[kk][r]) - decay.y * x[8 * kk + 2 * r + 1]);
                 }
@@ -513,7 +528,8 @@ static __device__ __forceinline__ void consume(const recurrence_params &p, const
 
 /* Grid (parts of ROW_BLOCKS row blocks, heads, slots); (1 + ROW_BLOCKS) warpgroups. */
 template <int DK, int ROW_BLOCKS, bool DELTA, bool OUTPUT>
-static __global__ void __launch_bounds__(128 * (1 + ROW_BLOCKS), budget<ROW_BLOCKS>::BLOCKS) pass_kernel(const recurrence_params p)
+static __global__ void __launch_bounds__(128 * (1 + ROW_BLOCKS), budget<ROW_BLOCKS>::BLOCKS)
+    pass_kernel(const recurrence_params p)
 {
     using layout = pass_layout<DK, ROW_BLOCKS, DELTA, OUTPUT>;
     constexpr int N_STAGES = layout::N_STAGES;

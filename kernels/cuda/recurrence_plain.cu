@@ -83,8 +83,7 @@ static __global__ void __launch_bounds__(32 * PLAIN_WARPS) plain_kernel(const re
                 k_s = fmaf(k[i], s[c][i], k_s);
                 q_s = fmaf(q[i], s[c][i], q_s);
             }
-            float u = column < p.dv ? __bfloat162float(
-                                          p.v[t * p.v_stride + static_cast<int64_t>(head) * p.dv + column])
+            float u = column < p.dv ? __bfloat162float(p.v[t * p.v_stride + static_cast<int64_t>(head) * p.dv + column])
                                     : 0.0f;
             if (DELTA) {
                 u = beta * (u - decay * warp_sum(k_s));
@@ -119,8 +118,7 @@ static __global__ void __launch_bounds__(32 * PLAIN_WARPS) plain_kernel(const re
     }
 }
 
-template <int ROWS>
-static void launch(cudaStream_t stream, const recurrence_params &p, bool delta, bool output)
+template <int ROWS> static void launch(cudaStream_t stream, const recurrence_params &p, bool delta, bool output)
 {
     const int n_columns = p.dv + (delta && !output ? p.dk : 0);
     const int per_block = PLAIN_WARPS * PLAIN_COLUMNS;

@@ -32,8 +32,8 @@ struct scan_ends {
     bool fold;
 };
 
-static __device__ __forceinline__ float first_value(const scan_ends &e, const recurrence_params &p,
-                                                    int64_t sequence_head, int row, int column)
+static __device__ __forceinline__ float
+first_value(const scan_ends &e, const recurrence_params &p, int64_t sequence_head, int row, int column)
 {
     if (e.fold) {
         return column - p.dv == row ? 1.0f : 0.0f;
@@ -41,8 +41,8 @@ static __device__ __forceinline__ float first_value(const scan_ends &e, const re
     return e.s_in != nullptr ? e.s_in[(sequence_head * p.dk + row) * p.dv + column] : 0.0f;
 }
 
-static __device__ __forceinline__ void store_last(const scan_ends &e, const recurrence_params &p, int64_t sequence_head,
-                                                  int row, int column, float x)
+static __device__ __forceinline__ void
+store_last(const scan_ends &e, const recurrence_params &p, int64_t sequence_head, int row, int column, float x)
 {
     const int64_t at = sequence_head * p.dk + row;
     if (e.fold && column >= p.dv) {
@@ -70,8 +70,8 @@ static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* Grid (blocks of 16 columns, heads, sequences), a warp for every 16 rows. Lane l holds columns l / 4 and l / 4 + 8, rows
- * 2 (l % 4) and the next one of each 8. */
+/* Grid (blocks of 16 columns, heads, sequences), a warp for every 16 rows. Lane l holds columns l / 4 and l / 4 + 8,
+ * rows 2 (l % 4) and the next one of each 8. */
 template <int DK>
 static __global__ void __launch_bounds__(2 * DK) scan_kernel(const recurrence_params p, const scan_ends ends)
 {
@@ -146,8 +146,8 @@ static __global__ void __launch_bounds__(2 * DK) scan_kernel(const recurrence_pa
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 const float2 pair = make_float2(x[h][2 * c], x[h][2 * c + 1]);
-                *reinterpret_cast<float2 *>(state + (lane / 4 + 8 * c) * S_PITCH + first_row + 8 * h +
-                                            2 * (lane % 4)) = pair;
+                *reinterpret_cast<float2 *>(state + (lane / 4 + 8 * c) * S_PITCH + first_row + 8 * h + 2 * (lane % 4)) =
+                    pair;
                 if (!ends.fold) {
                     *reinterpret_cast<float2 *>(entering + 8 * h + 8 * c * DK) = pair;
                 }
@@ -279,8 +279,7 @@ static __global__ void __launch_bounds__(256) scan_decay_kernel(const recurrence
     }
 }
 
-template <int DK>
-static cudaError_t launch_scan(cudaStream_t stream, const recurrence_params &p, const scan_ends &ends)
+template <int DK> static cudaError_t launch_scan(cudaStream_t stream, const recurrence_params &p, const scan_ends &ends)
 {
     constexpr int n_bytes = SCAN_STAGES * TILE_K * (DK + 8) * static_cast<int>(sizeof(float));
     const auto kernel = scan_kernel<DK>;
@@ -313,14 +312,14 @@ static cudaError_t launch(cudaStream_t stream, const recurrence_params &p, bool 
     return cudaGetLastError();
 }
 
-cudaError_t launch_recurrence_scan(cudaStream_t stream, const recurrence_params &p, bool delta, const float *s_in,
-                                   float *s_out)
+cudaError_t
+launch_recurrence_scan(cudaStream_t stream, const recurrence_params &p, bool delta, const float *s_in, float *s_out)
 {
     return launch(stream, p, delta, {s_in, s_out, nullptr, nullptr, false});
 }
 
-cudaError_t launch_recurrence_fold_slots(cudaStream_t stream, const recurrence_params &p, bool delta, float *m,
-                                         float *b)
+cudaError_t
+launch_recurrence_fold_slots(cudaStream_t stream, const recurrence_params &p, bool delta, float *m, float *b)
 {
     return launch(stream, p, delta, {nullptr, nullptr, m, b, true});
 }

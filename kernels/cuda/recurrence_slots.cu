@@ -35,8 +35,11 @@ void lr_cuda_delta_summary(const struct lr_exec *exec, const struct lr_delta_seg
     lr_cuda_note(exec, error, "delta_summary");
 }
 
-void lr_cuda_delta_output(const struct lr_exec *exec, const struct lr_delta_segment_args *args, const float *s_in,
-                          lr_act *o, int64_t o_stride)
+void lr_cuda_delta_output(const struct lr_exec *exec,
+                          const struct lr_delta_segment_args *args,
+                          const float *s_in,
+                          lr_act *o,
+                          int64_t o_stride)
 {
     const struct lr_recurrence_args r = recurrence_of(args);
     lr_cuda_note(exec, lr_recurrence_output(exec->stream, &r, s_in, o, o_stride, nullptr), "delta_output");
@@ -52,7 +55,7 @@ void lr_cuda_delta_step(const struct lr_exec *exec, const struct lr_delta_step_a
     if (args->n_rows == 0)
         return;
     struct lr_delta_step_args step = *args;
-    step.states = static_cast<float *const *>(lr_cuda_upload(
-        exec, static_cast<const void *>(args->states), static_cast<size_t>(args->n_rows) * sizeof *args->states));
+    step.states = static_cast<float *const *>(lr_cuda_upload(exec, static_cast<const void *>(args->states),
+                                                             static_cast<size_t>(args->n_rows) * sizeof *args->states));
     lr_cuda_note(exec, lr_recurrence_step(exec->stream, &step), "delta_step");
 }

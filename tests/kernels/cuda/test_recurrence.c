@@ -1,5 +1,5 @@
-/* The chunked recurrence: both rules against float64 token by token, over seams, shapes and decays; that bits belong to a
- * sequence alone; and the delta slots, folds and steps. */
+/* The chunked recurrence: both rules against float64 token by token, over seams, shapes and decays; that bits belong to
+ * a sequence alone; and the delta slots, folds and steps. */
 #include "kernels/cuda/recurrence.h"
 #include "kernels/ref.h"
 #include "tests/kernels/cuda/check.h"
@@ -24,11 +24,16 @@ static float gate_of(enum gates gates, uint64_t *seed)
     uint64_t bits = check_bits(seed);
     float x = (float)(bits >> 40) * 0x1p-24f;
     switch (gates) {
-    case MILD: return -0.2f * x;
-    case SLOW: return -1e-6f;
-    case HARSH: return -100.0f;
-    case ABRUPT: return bits % 50 == 0 ? -100.0f : bits % 7 == 0 ? 0.0f : -0.05f * x;
-    default: return 0.0f;
+    case MILD:
+        return -0.2f * x;
+    case SLOW:
+        return -1e-6f;
+    case HARSH:
+        return -100.0f;
+    case ABRUPT:
+        return bits % 50 == 0 ? -100.0f : bits % 7 == 0 ? 0.0f : -0.05f * x;
+    default:
+        return 0.0f;
     }
 }
 
@@ -66,8 +71,13 @@ static struct tokens take_tokens(struct lr_delta_shape s, int64_t n_rows, int64_
 /* ---- the truth ---- */
 
 /* Rows [first, end) of one sequence from `state` [n_v_heads, dk, dv] on, which becomes the final one. */
-static void true_sequence(const struct tokens *t, enum lr_recurrence_rule rule, double scale, int64_t first, int64_t end,
-                          double *state, double *o)
+static void true_sequence(const struct tokens *t,
+                          enum lr_recurrence_rule rule,
+                          double scale,
+                          int64_t first,
+                          int64_t end,
+                          double *state,
+                          double *o)
 {
     const struct lr_delta_shape s = t->shape;
     int64_t keys = s.n_k_heads * s.dk;
@@ -145,8 +155,14 @@ static struct result run(const struct launch *l)
 }
 
 /* Runs one launch from random states and compares o, the final states and, folded with the same states, the summary. */
-static void compare(struct lr_delta_shape s, enum lr_recurrence_rule rule, enum gates gates, int64_t n_rows,
-                    const int64_t *offsets, int64_t n_sequences, int64_t gap, uint64_t seed)
+static void compare(struct lr_delta_shape s,
+                    enum lr_recurrence_rule rule,
+                    enum gates gates,
+                    int64_t n_rows,
+                    const int64_t *offsets,
+                    int64_t n_sequences,
+                    int64_t gap,
+                    uint64_t seed)
 {
     struct tokens t = take_tokens(s, n_rows, gap, gates, seed);
     int64_t state = s.n_v_heads * s.dk * s.dv, width = s.n_v_heads * s.dv, one[2] = {0, n_rows};
@@ -258,7 +274,7 @@ static void many_sequences(void)
 
 static void other_shapes(void)
 {
-    static const struct lr_delta_shape shapes[] = {{1, 2, 32, 32}, {2, 2, 1, 1}, {1, 2, 256, 256},
+    static const struct lr_delta_shape shapes[] = {{1, 2, 32, 32}, {2, 2, 1, 1},    {1, 2, 256, 256},
                                                    {1, 3, 40, 24}, {1, 1, 64, 128}, {1, 1, 128, 64}};
     for (int i = 0; i < CHECK_COUNT(shapes); i++) {
         compare(shapes[i], DELTA, MILD, 300, NULL, 1, 0, 600 + (uint64_t)i);
@@ -281,7 +297,8 @@ static void bits_of(enum lr_recurrence_rule rule, struct lr_delta_shape s, uint6
         int64_t width = s.n_v_heads * s.dv;
         char *first = (char *)all.o + cuts[i] * all.o_stride * 2;
         for (int64_t row = 0; row < alone.n_rows; row += 511)
-            check_same("o alone", first + row * all.o_stride * 2, (char *)r.o + row * r.o_stride * 2, (size_t)width * 2);
+            check_same("o alone", first + row * all.o_stride * 2, (char *)r.o + row * r.o_stride * 2,
+                       (size_t)width * 2);
         check_same("the final state alone", (char *)all.s_out + i * state * 4, r.s_out, (size_t)state * 4);
         if (alone.n_rows > 100) {
             struct launch cut = alone;
@@ -327,7 +344,8 @@ static void far_rows(void)
     struct launch l = {&whole, DELTA, 1.0f, 1, 0, N, NULL, NULL};
     struct result r = run(&l);
     int64_t width = s.n_v_heads * s.dv;
-    double *state = check_host((size_t)(width * s.dk) * sizeof *state), *o = check_host((size_t)(LAST * width) * sizeof *o);
+    double *state = check_host((size_t)(width * s.dk) * sizeof *state),
+           *o = check_host((size_t)(LAST * width) * sizeof *o);
     for (int64_t i = 0; i < width * s.dk; i++)
         state[i] = 0.0;
     true_sequence(&t, DELTA, 1.0, 0, LAST, state, o);
@@ -347,7 +365,8 @@ static void segment_slots(void)
     struct tokens t = take_tokens(s, N, 8, SLOW, seed);
     int64_t state = s.n_v_heads * s.dk * s.dv, width = s.n_v_heads * s.dv, keys = s.n_k_heads * s.dk;
     float *s_in = check_floats(state, 1.0f, 0, &seed);
-    double *m = check_host((size_t)state * 8), *b = check_host((size_t)state * 8), *s_out = check_host((size_t)state * 8);
+    double *m = check_host((size_t)state * 8), *b = check_host((size_t)state * 8),
+           *s_out = check_host((size_t)state * 8);
     double *o = check_host((size_t)(N * width) * 8);
     struct lr_delta_segment_args args = {.shape = s,
                                          .q = t.rows,
@@ -381,7 +400,7 @@ static void segment_slots(void)
 
 static void folds(void)
 {
-    static const struct lr_delta_shape shapes[] = {{1, 1, 1, 1}, {2, 4, 24, 40}, {1, 3, 40, 7},
+    static const struct lr_delta_shape shapes[] = {{1, 1, 1, 1},     {2, 4, 24, 40}, {1, 3, 40, 7},
                                                    {1, 2, 128, 128}, {4, 4, 64, 64}, {1, 1, 256, 130}};
     uint64_t seed = 1100;
     for (int i = 0; i < CHECK_COUNT(shapes); i++) {
@@ -404,7 +423,8 @@ static void steps_of(struct lr_delta_shape s, int64_t n_rows, enum gates gates, 
 {
     struct tokens t = take_tokens(s, n_rows, 3, gates, seed);
     int64_t state = s.n_v_heads * s.dk * s.dv, width = s.n_v_heads * s.dv, keys = s.n_k_heads * s.dk;
-    float **states = check_host((size_t)n_rows * sizeof *states), **d_states = check_host((size_t)n_rows * sizeof *states);
+    float **states = check_host((size_t)n_rows * sizeof *states),
+          **d_states = check_host((size_t)n_rows * sizeof *states);
     for (int64_t i = 0; i < n_rows; i++) {
         states[i] = check_floats(state, 1.0f, 0, &seed);
         d_states[i] = check_device_copy(states[i], (size_t)state * 4);
@@ -431,7 +451,8 @@ static void steps_of(struct lr_delta_shape s, int64_t n_rows, enum gates gates, 
     lr_cuda_delta_step(&check.exec, &args);
     for (int64_t i = 0; i < n_rows; i++)
         check_norm("a state", check_download_f32(d_states[i], state), 1, truth + i * state, state, 1, 1e-6);
-    check_norm("o", check_download_bf16(args.o, n_rows * args.o_stride), args.o_stride, o, n_rows, width, PLAIN_TOLERANCE);
+    check_norm("o", check_download_bf16(args.o, n_rows * args.o_stride), args.o_stride, o, n_rows, width,
+               PLAIN_TOLERANCE);
 }
 
 static void steps(void)
