@@ -1,5 +1,5 @@
 #!/bin/sh
-# Rooms include only what lies below them: base < kernels, comm < worker < client; mpi.h is included by comm/mpi.c alone,
+# Rooms include only what lies below them: base < kernels, comm < worker < client; mpi.h is included by comm/mpi.c alone, nccl.h by comm/nccl.c,
 # immintrin.h by kernels/cpu alone, and *_impl.h and ops.h of comm stay in their folder.
 set -u
 failures=0
@@ -23,6 +23,7 @@ only() # HEADER ALLOWED_PREFIX
     [ -z "$found" ] || complain "only $2 may include $1: $found"
 }
 only mpi.h comm/mpi.c
+only nccl.h comm/nccl.c
 only immintrin.h kernels/cpu/
 only comm/ops.h comm/
 only worker/session_impl.h '\(worker/\|client/inspect.c\)'

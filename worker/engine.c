@@ -133,12 +133,31 @@ static enum lr_status open_links(const struct lr_engine_options *options, struct
 /* ---- the model
  * --------------------------------------------------------------------------------------------------------- */
 
+/* What the kernels of a device can take; on the CPU everything that a configuration may say. */
+static enum lr_status
+check_shapes(const struct lr_kernel_ops *ops, const struct lr_model_dims *dims, struct lr_error *err)
+{
+    enum { MAX_DIM = 256 };
+    if (ops->host_memory)
+        return LR_OK;
+    if (dims->n_attention_layers > 0 && (dims->head_dim > MAX_DIM || dims->head_dim % 8 != 0))
+        return lr_fail(err, LR_UNSUPPORTED,
+                       "attention heads of %lld: --device cuda takes multiples of 8 up to %d; use --device cpu",
+                       (long long)dims->head_dim, MAX_DIM);
+    if (dims->n_delta_layers > 0 && (dims->delta.dk > MAX_DIM || dims->delta.dv > MAX_DIM))
+        return lr_fail(err, LR_UNSUPPORTED,
+                       "delta heads of %lld and %lld: --device cuda takes up to %d; use --device cpu",
+                       (long long)dims->delta.dk, (long long)dims->delta.dv, MAX_DIM);
+    return LR_OK;
+}
+
 static enum lr_status
 choose_placement(const struct lr_engine_options *options, struct lr_engine *engine, struct lr_error *err)
 {
     struct lr_model_dims dims;
     size_t replicated_bytes;
     LR_TRY(lr_model_peek(options->model_dir, engine->ops, engine->comm->size, 1, &dims, &replicated_bytes, err));
+    LR_TRY(check_shapes(engine->ops, &dims, err));
     switch (options->experts) {
     case LR_EXPERTS_SHARDED:
         engine->experts_replicated = 0;
