@@ -26,13 +26,16 @@
 #include "kernels/cuda/gemm_wgmma.cuh"
 #include "kernels/cuda/tma.cuh"
 
+#include <type_traits>
+
 namespace lr
 {
 
 constexpr int TILE_K = 64; /* columns of a stage: one swizzled block */
-constexpr int BLOCK_ROWS = 64;
+constexpr int BLOCK_ROWS = 64; /* of a consumer */
 constexpr int WARPGROUP_THREADS = 128;
 constexpr int CONSUMERS = 2;
+constexpr int TILE_ROWS = CONSUMERS * BLOCK_ROWS;
 constexpr int CONSUMER_WARPS = 4 * CONSUMERS;
 constexpr int PRODUCT_THREADS = (1 + CONSUMERS) * WARPGROUP_THREADS;
 constexpr int BLOCK_BYTES = BLOCK_ROWS * TILE_K * 2;
@@ -40,39 +43,30 @@ constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
 constexpr int GROUP_ROWS = 2048; /* rows that walk the columns together, so that both operands stay in L2 */
 
-/* An instance: BLOCKS row blocks for each consumer, COLUMNS rows of W a block, CLUSTER blocks side by side. */
-template <int BLOCKS_, int COLUMNS_, int CLUSTER_> struct product_shape {
-    static constexpr int BLOCKS = BLOCKS_, COLUMNS = COLUMNS_, CLUSTER = CLUSTER_;
-    static constexpr int ROWS = CONSUMERS * BLOCKS * BLOCK_ROWS;
-    static constexpr int A_BYTES = ROWS * TILE_K * 2, B_BYTES = COLUMNS * TILE_K * 2;
+/* An instance: COLUMNS rows of W a block, CLUSTER blocks side by side. */
+template <int COLUMNS_, int CLUSTER_> struct product_shape {
+    static constexpr int COLUMNS = COLUMNS_, CLUSTER = CLUSTER_;
+    static constexpr int A_BYTES = TILE_ROWS * TILE_K * 2, B_BYTES = COLUMNS * TILE_K * 2;
     static constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
-    static constexpr int N_STAGES = (226 * 1024 - CONSUMERS * STAGING_BYTES - (COLUMNS > 64 ? 0 : 16384)) / STAGE_BYTES;
-    static constexpr int BYTES = CONSUMERS * STAGING_BYTES + N_STAGES * (STAGE_BYTES + 2 * 8);
-    static constexpr int MAX_EXPERTS = (227 * 1024 - BYTES) / 4 - 1; /* the list of tiles follows */
+    static constexpr int N_STAGES = 200 * 1024 / STAGE_BYTES;
+    static constexpr int BYTES = N_STAGES * (STAGE_BYTES + 2 * 8); /* the list of tiles follows */
+    static_assert(BYTES + 4 * (LR_MAX_EXPERTS + 1) <= 227 * 1024, "shared memory");
 };
 
 /* For much work, and for little: many small tiles. */
-#ifndef NOSKEW
-#define NOSKEW 0
+#ifndef CLUSTERED
+#define CLUSTERED 2
 #endif
-#if VARIANT == 1
-#define LARGE 1, 256, 2
-#elif VARIANT == 2
-#define LARGE 2, 128, 2
-#else
-#define LARGE 1, 256, 1
-#endif
-typedef product_shape<LARGE> large_shape;
-typedef product_shape<1, 64, 1> small_shape;
+typedef product_shape<256, CLUSTERED> large_shape;
+typedef product_shape<64, 1> small_shape;
 
 /* Columns of y that a block computes. */
 template <class SHAPE, output_kind OUTPUT>
 constexpr int BLOCK_COLUMNS = OUTPUT == output_kind::SWIGLU ? SHAPE::COLUMNS / 2 : SHAPE::COLUMNS;
 
-/* What the tensor maps are made of, on the host: a [n_rows, k]; W or, with SwiGLU, gate and up [n_experts, n, k];
- * y [n_rows, n] if it is bf16. */
+/* What the tensor maps are made of, on the host: a [n_rows, k]; W or, with SwiGLU, gate and up [n_experts, n, k]. */
 struct product_operands {
-    matrix_view a, b[2], y;
+    matrix_view a, b[2];
 };
 
 /* Where a cluster's tile lies. */
@@ -85,7 +79,7 @@ struct tile {
 
 /* Finds tiles by their number, which must ascend from call to call. `before` [n_experts + 1]: row tiles in front of
  * each expert. */
-template <int ROWS> struct tile_walk {
+struct tile_walk {
     const int64_t *offsets;
     const int32_t *before;
     int64_t n_rows;
@@ -94,7 +88,7 @@ template <int ROWS> struct tile_walk {
 
     __device__ __forceinline__ bool find(int64_t number, tile &t)
     {
-        constexpr int GROUP = GROUP_ROWS / ROWS;
+        constexpr int GROUP = GROUP_ROWS / TILE_ROWS;
         while (expert < n_experts && number >= static_cast<int64_t>(before[expert + 1]) * n_column_tiles)
             expert++;
         if (expert == n_experts)
@@ -104,25 +98,19 @@ template <int ROWS> struct tile_walk {
         const int group = local / (GROUP * n_column_tiles);
         const int in_group = local - group * GROUP * n_column_tiles;
         const int group_tiles = min(GROUP, n_row_tiles - group * GROUP);
-#if ORDER == 1
-        const int row_tile = group * GROUP + in_group / n_column_tiles;
-        t.column_tile = in_group % n_column_tiles;
-        (void)group_tiles;
-#else
         t.column_tile = in_group / group_tiles;
         const int row_tile = group * GROUP + in_group - t.column_tile * group_tiles;
-#endif
         const int64_t first = offsets != nullptr ? __ldg(offsets + expert) - __ldg(offsets) : 0;
         const int64_t end = offsets != nullptr ? __ldg(offsets + expert + 1) - __ldg(offsets) : n_rows;
-        t.row = first + static_cast<int64_t>(row_tile) * ROWS;
-        t.n_rows = static_cast<int>(min(end - t.row, static_cast<int64_t>(ROWS)));
+        t.row = first + static_cast<int64_t>(row_tile) * TILE_ROWS;
+        t.n_rows = static_cast<int>(min(end - t.row, static_cast<int64_t>(TILE_ROWS)));
         t.expert = expert;
         return true;
     }
 };
 
 /* One warp: before[e] for all experts. */
-template <int ROWS> static __device__ __forceinline__ void count_tiles(const product_params &p, int32_t *before)
+static __device__ __forceinline__ void count_tiles(const product_params &p, int32_t *before)
 {
     const int lane = threadIdx.x % 32;
     int total = 0;
@@ -131,7 +119,7 @@ template <int ROWS> static __device__ __forceinline__ void count_tiles(const pro
         int64_t n_rows = 0;
         if (e < p.n_experts)
             n_rows = p.offsets != nullptr ? p.offsets[e + 1] - p.offsets[e] : p.n_rows;
-        int sum = static_cast<int>((n_rows + ROWS - 1) / ROWS);
+        int sum = static_cast<int>((n_rows + TILE_ROWS - 1) / TILE_ROWS);
         for (int step = 1; step < 32; step *= 2) {
             const int other = __shfl_up_sync(0xffffffffu, sum, step);
             sum += lane >= step ? other : 0;
@@ -146,7 +134,7 @@ template <int ROWS> static __device__ __forceinline__ void count_tiles(const pro
 
 /* The ring's barriers and where the role stands in it; producer and consumers step through it alike. */
 template <class SHAPE> struct ring {
-    uint32_t stages, staging;
+    uint32_t stages;
     uint64_t *full, *empty;
     int stage = 0;
     uint32_t parity = 0;
@@ -180,7 +168,7 @@ template <class SHAPE> struct ring {
 };
 
 template <class SHAPE, output_kind OUTPUT>
-static __device__ __forceinline__ void produce(const product_params &p, tile_walk<SHAPE::ROWS> walk, ring<SHAPE> ring)
+static __device__ __forceinline__ void produce(const product_params &p, tile_walk walk, ring<SHAPE> ring)
 {
     constexpr int CLUSTER = SHAPE::CLUSTER;
     const int rank = CLUSTER == 1 ? 0 : cluster_rank();
@@ -202,22 +190,21 @@ static __device__ __forceinline__ void produce(const product_params &p, tile_wal
     }
 }
 
-/* The products of a consumer's first N row blocks. */
-template <int N, class SHAPE>
-static __device__ __forceinline__ void multiply(float (&sum)[N][SHAPE::COLUMNS / 2], int n_steps, int consumer,
-                                                ring<SHAPE> &ring)
+/* The product of a consumer's rows with a tile of W; beside it the previous tile's stores. */
+template <class SHAPE, class DEFERRED>
+static __device__ __forceinline__ void multiply(const product_params &p, float (&sum)[SHAPE::COLUMNS / 2], int consumer,
+                                                ring<SHAPE> &ring, DEFERRED &deferred)
 {
     int previous = 0;
-    for (int step = 0; step < n_steps; step++, ring.advance()) {
+    for (int step = 0; step < p.n_steps; step++, ring.advance()) {
         const uint64_t a = tile_descriptor(ring.a() + consumer * BLOCK_BYTES, 0), b = tile_descriptor(ring.b(), 0);
         barrier_wait(&ring.full[ring.stage], ring.parity);
         wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < TILE_K / 16; kk++)
-#pragma unroll
-            for (int i = 0; i < N; i++)
-                wgmma_shared(sum[i], a + i * (CONSUMERS * BLOCK_BYTES >> 4) + 2 * kk, b + 2 * kk, step > 0 || kk > 0);
+            wgmma_shared(sum, a + 2 * kk, b + 2 * kk, step > 0 || kk > 0);
         wgmma_commit();
+        deferred.store_some(step, p.n_steps, p.y_stride);
         if (step > 0) {
             wgmma_wait<1>();
             ring.release(previous);
@@ -228,64 +215,50 @@ static __device__ __forceinline__ void multiply(float (&sum)[N][SHAPE::COLUMNS /
     ring.release(previous);
 }
 
-template <int N, class SHAPE, output_kind OUTPUT, bool GENERAL>
-static __device__ __forceinline__ void compute(const product_params &p, const tile &t, int column, int consumer,
-                                               ring<SHAPE> &ring)
+/* A stage of a tile in which the consumer has no rows. */
+template <class SHAPE> static __device__ __forceinline__ void skip(int n_steps, ring<SHAPE> &ring)
 {
-    float sum[N][SHAPE::COLUMNS / 2];
-    if (OUTPUT == output_kind::F32 && p.accumulate) {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const int first = (consumer + i * CONSUMERS) * BLOCK_ROWS;
-            prefetch_rows<SHAPE::COLUMNS>(p, t.row + first, min(t.n_rows - first, BLOCK_ROWS), column);
-        }
-    }
-    multiply<N, SHAPE>(sum, p.n_steps, consumer, ring);
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        const int first = (consumer + i * CONSUMERS) * BLOCK_ROWS;
-        store_tile<OUTPUT, GENERAL>(p, sum[i], t.row + first, min(t.n_rows - first, BLOCK_ROWS), column,
-                                    ring.staging + consumer * STAGING_BYTES, 1 + consumer);
+    for (int step = 0; step < n_steps; step++, ring.advance()) {
+        barrier_wait(&ring.full[ring.stage], ring.parity);
+        ring.release(ring.stage);
     }
 }
 
 template <class SHAPE, output_kind OUTPUT, bool GENERAL>
-static __device__ __forceinline__ void consume(const product_params &p, tile_walk<SHAPE::ROWS> walk, ring<SHAPE> ring)
+static __device__ __forceinline__ void consume(const product_params &p, tile_walk walk, ring<SHAPE> ring)
 {
-    constexpr int CLUSTER = SHAPE::CLUSTER;
+    constexpr int CLUSTER = SHAPE::CLUSTER, COLUMNS = BLOCK_COLUMNS<SHAPE, OUTPUT>;
+    constexpr bool DEFERS = OUTPUT != output_kind::F32 && !GENERAL;
+    std::conditional_t<DEFERS, deferred_rows<COLUMNS>, nothing_deferred> deferred;
     const int rank = CLUSTER == 1 ? 0 : cluster_rank();
-    const int consumer = threadIdx.x / WARPGROUP_THREADS - 1;
+    const int consumer = threadIdx.x / WARPGROUP_THREADS - 1, first = consumer * BLOCK_ROWS;
     tile t;
-    /* The second consumer starts later by what the ring holds. From then on one multiplies while the other stores. */
-    if (!NOSKEW && consumer == 1 && p.n_steps >= SHAPE::N_STAGES && walk.find(blockIdx.x / CLUSTER, t))
-        barrier_wait(&ring.full[SHAPE::N_STAGES - 1], 0);
     for (int64_t number = blockIdx.x / CLUSTER; walk.find(number, t); number += gridDim.x / CLUSTER) {
-        const int column = (t.column_tile * CLUSTER + rank) * BLOCK_COLUMNS<SHAPE, OUTPUT>;
-        if (t.n_rows > (consumer + (SHAPE::BLOCKS - 1) * CONSUMERS) * BLOCK_ROWS) {
-            compute<SHAPE::BLOCKS, SHAPE, OUTPUT, GENERAL>(p, t, column, consumer, ring);
-        } else if (SHAPE::BLOCKS > 1 && t.n_rows > consumer * BLOCK_ROWS) {
-            compute<1, SHAPE, OUTPUT, GENERAL>(p, t, column, consumer, ring);
-        } else {
-            for (int step = 0; step < p.n_steps; step++, ring.advance()) {
-                barrier_wait(&ring.full[ring.stage], ring.parity);
-                ring.release(ring.stage);
-            }
+        const int column = (t.column_tile * CLUSTER + rank) * COLUMNS, n_rows = min(t.n_rows - first, BLOCK_ROWS);
+        if (n_rows <= 0) {
+            deferred.store(COLUMNS / 32, p.y_stride);
+            skip(p.n_steps, ring);
+            continue;
         }
+        if (OUTPUT == output_kind::F32 && p.accumulate)
+            prefetch_rows<COLUMNS>(p, t.row + first, n_rows, column);
+        float sum[SHAPE::COLUMNS / 2];
+        multiply<SHAPE>(p, sum, consumer, ring, deferred);
+        store_tile<OUTPUT, GENERAL>(p, sum, t.row + first, n_rows, column, deferred);
     }
-    store_wait();
+    deferred.store(COLUMNS / 32, p.y_stride);
 }
 
 template <class SHAPE, output_kind OUTPUT, bool GENERAL>
 static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(const __grid_constant__ product_params p)
 {
     extern __shared__ __align__(1024) uint8_t shared[];
-    uint8_t *staging = shared + SHAPE::N_STAGES * SHAPE::STAGE_BYTES;
-    uint64_t *full = reinterpret_cast<uint64_t *>(staging + CONSUMERS * STAGING_BYTES);
+    uint64_t *full = reinterpret_cast<uint64_t *>(shared + SHAPE::N_STAGES * SHAPE::STAGE_BYTES);
     uint64_t *empty = full + SHAPE::N_STAGES;
     int32_t *before = reinterpret_cast<int32_t *>(empty + SHAPE::N_STAGES);
 
     if (threadIdx.x < 32) {
-        count_tiles<SHAPE::ROWS>(p, before);
+        count_tiles(p, before);
         if (threadIdx.x == 0) {
             for (int i = 0; i < SHAPE::N_STAGES; i++) {
                 barrier_init(&full[i], 1);
@@ -299,8 +272,8 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(cons
     __syncthreads();
     if constexpr (SHAPE::CLUSTER > 1)
         cluster_sync();
-    const tile_walk<SHAPE::ROWS> walk = {p.offsets, before, p.n_rows, p.n_experts, p.n_column_tiles, 0};
-    const ring<SHAPE> ring = {shared_address(shared), shared_address(staging), full, empty};
+    const tile_walk walk = {p.offsets, before, p.n_rows, p.n_experts, p.n_column_tiles, 0};
+    const ring<SHAPE> ring = {shared_address(shared), full, empty};
     if (threadIdx.x < WARPGROUP_THREADS) {
         registers_shrink<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0)
@@ -325,22 +298,18 @@ static cudaError_t launch_product(cudaStream_t stream, int n_multiprocessors, pr
     cudaError_t error = tensor_map_encode(&p.a, operands.a, BLOCK_ROWS);
     for (int i = 0; error == cudaSuccess && i < (OUTPUT == output_kind::SWIGLU ? 2 : 1); i++)
         error = tensor_map_encode(&p.b[i], operands.b[i], COLUMNS);
-    if (error == cudaSuccess && OUTPUT != output_kind::F32 && !GENERAL)
-        error = tensor_map_encode(&p.stores, operands.y, BLOCK_ROWS);
     if (error == cudaSuccess)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes);
     if (error != cudaSuccess)
         return error;
     p.n_steps = static_cast<int>(divide_up(operands.a.columns, TILE_K));
     p.n_column_tiles = static_cast<int>(divide_up(p.n_columns, COLUMNS * SHAPE::CLUSTER));
-    const int64_t n_tiles = (p.n_rows / SHAPE::ROWS + n_row_ends) * p.n_column_tiles;
+    const int64_t n_tiles = (p.n_rows / TILE_ROWS + n_row_ends) * p.n_column_tiles;
     const int64_t n_clusters = n_multiprocessors / SHAPE::CLUSTER;
-#ifndef CLUSTER_ATTRIBUTE
     if (SHAPE::CLUSTER == 1) {
         kernel<<<static_cast<unsigned>(n_tiles < n_clusters ? n_tiles : n_clusters), PRODUCT_THREADS, n_bytes, stream>>>(p);
         return cudaGetLastError();
     }
-#endif
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = SHAPE::CLUSTER;
@@ -356,10 +325,9 @@ static cudaError_t launch_product(cudaStream_t stream, int n_multiprocessors, pr
 }
 
 /* Whether n_rows x n_columns gives every cluster of the large shape a tile. */
-static inline bool fills_device(int64_t n_rows, int64_t n_columns, int64_t n_experts, int tile_columns,
-                                int n_multiprocessors)
+static inline bool fills_device(int64_t n_rows, int64_t n_columns, int tile_columns, int n_multiprocessors)
 {
-    return n_experts <= large_shape::MAX_EXPERTS && n_columns > tile_columns / 2 && divide_up(n_rows, large_shape::ROWS) * divide_up(n_columns, tile_columns) >=
+    return n_columns > tile_columns / 2 && divide_up(n_rows, TILE_ROWS) * divide_up(n_columns, tile_columns) >=
                                                n_multiprocessors / large_shape::CLUSTER;
 }
 

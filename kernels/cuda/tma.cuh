@@ -47,32 +47,6 @@ static __device__ __forceinline__ void tensor_load(uint32_t shared, const CUtens
     }
 }
 
-/* A box from shared memory to [0, row, column]; what lies beyond the matrix is cut. The thread's stores form groups. */
-static __device__ __forceinline__ void tensor_store(const CUtensorMap *map, uint32_t shared, int column, int row)
-{
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
-                     reinterpret_cast<uint64_t>(map)),
-                 "r"(shared), "r"(column), "r"(row), "r"(0)
-                 : "memory");
-}
-
-static __device__ __forceinline__ void store_commit()
-{
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-/* Until the shared memory of the thread's stores may be written again. */
-static __device__ __forceinline__ void store_wait_read()
-{
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
-/* Until they are in global memory. */
-static __device__ __forceinline__ void store_wait()
-{
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
 /* ---- clusters ---- */
 
 static __device__ __forceinline__ int cluster_rank()
