@@ -18,8 +18,8 @@ static cudaError_t launch_gemm(const struct lr_exec *exec, product_params &p, co
     const int n_multiprocessors = lr_cuda_multiprocessors(exec);
     if (general) /* rare or narrow: one instance is enough */
         return launch_product<small_shape, OUTPUT, true>(stream, n_multiprocessors, p, operands, 1);
-    constexpr int TILE_COLUMNS = large_shape::COLUMNS * large_shape::CLUSTER;
-    if (fills_device(p.n_rows, p.n_columns, TILE_COLUMNS, n_multiprocessors))
+    constexpr int TILE_COLUMNS = large_shape::COLUMNS;
+    if (fills_device(p.n_rows, p.n_columns, 1, TILE_COLUMNS, n_multiprocessors))
         return launch_product<large_shape, OUTPUT, false>(stream, n_multiprocessors, p, operands, 1);
     return launch_product<small_shape, OUTPUT, false>(stream, n_multiprocessors, p, operands, 1);
 }
@@ -49,6 +49,7 @@ static cudaError_t gemm(const struct lr_exec *exec, const struct lr_gemm_args &a
     product_operands operands = {};
     operands.a = {args.a, k, args.n_rows, 1, args.a_stride * 2, args.n_rows * args.a_stride * 2};
     operands.b[0] = {args.w->data, k, n, 1, row_bytes, n * row_bytes};
+    operands.y = {args.y, n, args.n_rows, 1, args.y_stride * 2, args.n_rows * args.y_stride * 2};
     if (!tensor_map_possible(operands.a))
         return gemm_plain(static_cast<cudaStream_t>(exec->stream), args);
     product_params p = {};

@@ -3,27 +3,30 @@
  *
  *   sum[4 i + 2 h + c]: row  16 warp + lane / 4 + 8 h,  column  8 i + 2 (lane mod 4) + c
  *
- * bf16 is rounded at once and stored later, piece by piece between the steps of the next tile: a quad of lanes exchanges
- * four pieces of 8 columns, after which every lane stores 16 bytes and a quad 64 bytes of a row in one instruction. Else
- * all multiprocessors, in step, would finish a tile, fill the memory's queues together and leave their tensor cores idle
- * for as long. float32 is too large to keep; there a quad stores 32 bytes of a row.
+ * bf16, 64 rows:  through shared memory, from which the copy engine writes while the warpgroup multiplies on
+ * bf16, fewer:    the copy engine would overwrite the next expert's rows. Quads of lanes exchange four pieces of 8
+ *                 columns, after which every lane stores 16 bytes and a quad 64 bytes of a row in one instruction
+ * float32:        a quad has 32 bytes of a row
  *
  * Device code only. */
 #ifndef LR_KERNELS_CUDA_GEMM_EPILOGUE_CUH
 #define LR_KERNELS_CUDA_GEMM_EPILOGUE_CUH
 
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/tma.cuh"
 #include "kernels/ops.h"
-#include <cuda.h>
 
 namespace lr
 {
+
+constexpr int STAGING_COLUMNS = 128;
+constexpr int STAGING_BYTES = 64 * STAGING_COLUMNS * 2; /* of a warpgroup */
 
 enum class output_kind { BF16, F32, SWIGLU };
 
 struct product_params {
     CUtensorMap a;    /* [1, n_rows, k], boxes of 64 rows */
     CUtensorMap b[2]; /* [n_experts, n, k], boxes of COLUMNS rows; SwiGLU: gate and up, COLUMNS / 2 rows each */
+    CUtensorMap stores; /* y, boxes of 64 rows */
     const int64_t *offsets;
     int64_t n_rows;
     int n_experts;
@@ -85,73 +88,66 @@ static __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4], int lane
     }
 }
 
-/* A warpgroup's 64 rows x N columns of bf16 that still have to be stored. */
-template <int N> struct deferred_rows {
-    static constexpr int PIECES = N / 32;
-    uint32_t words[8 * PIECES]; /* [piece][h][4] */
-    __nv_bfloat16 *y;           /* the thread's first row and column */
-    int n_rows, n_columns;      /* what is left of them from there */
-    int next = PIECES;          /* the first piece to be stored */
+/* Four 8x8 blocks of bf16: lane l gives the address of row l mod 8 of block l / 8. */
+static __device__ __forceinline__ void store_blocks(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
 
-    __device__ __forceinline__ void take(const product_params &p, const float *sum, int64_t row, int rows,
-                                         int first_column)
-    {
-        const int lane = threadIdx.x % 32, own_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-        const int column = first_column + 8 * (lane % 4);
-        y = static_cast<__nv_bfloat16 *>(p.y) + (row + own_row) * p.y_stride + column;
-        n_rows = rows - own_row;
-        n_columns = p.n_columns - column;
-        next = 0;
+/* N columns of 64 rows as bf16 through `staging`, the warpgroup's own STAGING_BYTES, as many columns at a time as it
+ * holds. Returns while the copy engine still reads the last of them. */
+template <int N, int SIZE>
+static __device__ __forceinline__ void store_boxes(const product_params &p, const float (&sum)[SIZE], int row,
+                                                   int first_column, uint32_t staging, int barrier)
+{
+    constexpr int WIDTH = N < STAGING_COLUMNS ? N : STAGING_COLUMNS;
+    const int lane = threadIdx.x % 32, own_row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    const bool leader = threadIdx.x % 128 == 0;
 #pragma unroll
-        for (int piece = 0; piece < PIECES; piece++)
+    for (int first = 0; first < N; first += WIDTH) {
+        if (leader)
+            store_wait_read();
+        named_barrier(barrier, 128);
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const float *pair = &sum[4 * (4 * piece + j) + 2 * h];
-                    words[8 * piece + 4 * h + j] = pack_bf16(pair[0], pair[1]);
-                }
-    }
-
-    /* Stores the pieces in front of `until`. */
-    __device__ __forceinline__ void store(int until, int64_t y_stride)
-    {
-        const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int piece = 0; piece < PIECES; piece++) {
-            if (piece < next || piece >= until)
-                continue;
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                uint32_t w[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    w[j] = words[8 * piece + 4 * h + j];
-                quad_transpose(w, lane);
-                if (8 * h < n_rows && 32 * piece < n_columns)
-                    *reinterpret_cast<uint4 *>(y + 8 * h * y_stride + 32 * piece) = make_uint4(w[0], w[1], w[2], w[3]);
-            }
+        for (int i = 0; i < WIDTH / 16; i++) {
+            const float *x = &sum[4 * (first / 8 + 2 * i)];
+            const uint32_t at = staging + i / 4 * (64 * 128) + swizzled(own_row, i % 4 * 2 + lane / 16);
+            store_blocks(at, pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
         }
-        next = max(next, until);
+        fence_to_wgmma(); /* and to the copy engine */
+        named_barrier(barrier, 128);
+        if (leader) {
+#pragma unroll
+            for (int i = 0; i < WIDTH / 64; i++)
+                tensor_store(&p.stores, staging + i * (64 * 128), first_column + first + 64 * i, row);
+            store_commit();
+        }
     }
+}
 
-    /* In step `step` of n_steps: evenly over all of them. */
-    __device__ __forceinline__ void store_some(int step, int n_steps, int64_t y_stride)
-    {
-        if (next < PIECES)
-            store((step + 1) * PIECES / n_steps, y_stride);
-    }
-};
-
-/* For outputs that are stored at once. */
-struct nothing_deferred {
-    __device__ __forceinline__ void store(int, int64_t)
-    {
-    }
-    __device__ __forceinline__ void store_some(int, int, int64_t)
-    {
-    }
-};
+/* The first 2 N sums as bf16. */
+template <int N, int SIZE>
+static __device__ __forceinline__ void store_pieces(const product_params &p, const float (&sum)[SIZE], int64_t row,
+                                                    int n_rows, int first_column)
+{
+    const int lane = threadIdx.x % 32, own_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    __nv_bfloat16 *y = static_cast<__nv_bfloat16 *>(p.y) + (row + own_row) * p.y_stride + first_column + 8 * (lane % 4);
+    const int n_columns = p.n_columns - first_column - 8 * (lane % 4);
+#pragma unroll
+    for (int block = 0; block < N / 32; block++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            uint32_t w[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                w[j] = pack_bf16(sum[4 * (4 * block + j) + 2 * h], sum[4 * (4 * block + j) + 2 * h + 1]);
+            quad_transpose(w, lane);
+            if (own_row + 8 * h < n_rows && 32 * block < n_columns)
+                *reinterpret_cast<uint4 *>(y + 8 * h * p.y_stride + 32 * block) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+}
 
 /* Asks for the rows of y that a block will add to, long before it does: from device memory they would come too late. */
 template <int N>
@@ -240,12 +236,11 @@ static __device__ __forceinline__ void add_bias(const product_params &p, float (
         }
 }
 
-/* The warpgroup's n_rows (1..64) rows from `row` on. With GENERAL: any activation, any stride and width, bf16 that is
- * accumulated. Without: no activation (SwiGLU: SiLU), and y may be written in pieces of 8 elements (bf16), of 2
- * (float32). */
-template <output_kind OUTPUT, bool GENERAL, int SIZE, class DEFERRED>
+/* The warpgroup's n_rows (1..64) rows from `row` on. Without GENERAL: no activation (SwiGLU: SiLU), bf16 is not
+ * accumulated, and y may be written in pieces of 8 elements (bf16), of 2 (float32). `barrier` is the warpgroup's named barrier. */
+template <output_kind OUTPUT, bool GENERAL, int SIZE>
 static __device__ __forceinline__ void store_tile(const product_params &p, float (&sum)[SIZE], int64_t row, int n_rows,
-                                                  int first_column, DEFERRED &deferred)
+                                                  int first_column, uint32_t staging, int barrier)
 {
     constexpr int N = OUTPUT == output_kind::SWIGLU ? SIZE : 2 * SIZE; /* columns of y */
     if constexpr (OUTPUT == output_kind::SWIGLU) {
@@ -264,8 +259,10 @@ static __device__ __forceinline__ void store_tile(const product_params &p, float
         store_elements<N, OUTPUT == output_kind::F32>(p, sum, row, n_rows, first_column);
     else if constexpr (OUTPUT == output_kind::F32)
         store_pairs<N>(p, sum, row, n_rows, first_column);
+    else if (N % 64 == 0 && n_rows == 64)
+        store_boxes<N>(p, sum, static_cast<int>(row), first_column, staging, barrier);
     else
-        deferred.take(p, sum, row, n_rows, first_column);
+        store_pieces<N>(p, sum, row, n_rows, first_column);
 }
 
 } // namespace lr

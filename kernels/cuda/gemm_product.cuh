@@ -1,20 +1,13 @@
 /* The one matrix product of the CUDA backend: dense layers and experts run the same persistent kernel.
  *
- *   rows of a, sorted by expert          y
- *   offsets[e] ... offsets[e + 1]        one cluster: ROWS rows of one expert x (CLUSTER x COLUMNS) columns
+ *   rows of a, sorted by expert        tiles of 128 rows, none spans two experts     y
+ *   offsets[e] ... offsets[e + 1]  ->  x COLUMNS rows of W_e                     ->  whole blocks, masked ends
  *
- *              block 0            block 1 of the cluster
- *   a  rows |  ROWS x 64   ==   the same ROWS x 64   | each block fetches half of it and sends it to both
- *   W       |  COLUMNS x 64  |    COLUMNS x 64       | each its own
+ *   warpgroup 0: one thread keeps a ring of stages full (a [128 x 64] and W [COLUMNS x 64], copy engine)
+ *   warpgroups 1, 2: 64 rows each: wgmma over the stages in ascending k, then the epilogue
  *
- *   warpgroup 0: one thread keeps a ring of such stages full (copy engine)
- *   warpgroups 1, 2: 64-row blocks g, g + 2, ... of the tile: wgmma over the stages in ascending k, then the epilogue
- *   from registers
- *
- * Where two blocks share the rows, a tile of 256 x 256 costs the L2 cache what it would cost one block of that size,
- * whose accumulators no multiprocessor could hold. The consumers share the stages but not their pace: while one is in
- * its epilogue the other has the tensor cores. Of an expert's last tile only the 64-row blocks that have rows are
- * fetched and multiplied.
+ * The consumers share the stages but not their pace: while one is in its epilogue the other has the tensor cores. Of an
+ * expert's last tile only the 64-row blocks that have rows are fetched and multiplied.
  *
  * Every output element is one chain of wgmma steps over ascending k in every instance of the kernel, so a row's bits
  * depend neither on the number of rows nor on the tile that it falls into. */
@@ -25,8 +18,6 @@
 #include "kernels/cuda/gemm_epilogue.cuh"
 #include "kernels/cuda/gemm_wgmma.cuh"
 #include "kernels/cuda/tma.cuh"
-
-#include <type_traits>
 
 namespace lr
 {
@@ -41,35 +32,35 @@ constexpr int PRODUCT_THREADS = (1 + CONSUMERS) * WARPGROUP_THREADS;
 constexpr int BLOCK_BYTES = BLOCK_ROWS * TILE_K * 2;
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
-constexpr int GROUP_ROWS = 2048; /* rows that walk the columns together, so that both operands stay in L2 */
+constexpr int GROUP = 16; /* row tiles that walk the columns together, so that both operands stay in L2 */
 
-/* An instance: COLUMNS rows of W a block, CLUSTER blocks side by side. */
-template <int COLUMNS_, int CLUSTER_> struct product_shape {
-    static constexpr int COLUMNS = COLUMNS_, CLUSTER = CLUSTER_;
+/* An instance: tiles of COLUMNS rows of W. */
+template <int COLUMNS_> struct product_shape {
+    static constexpr int COLUMNS = COLUMNS_;
     static constexpr int A_BYTES = TILE_ROWS * TILE_K * 2, B_BYTES = COLUMNS * TILE_K * 2;
     static constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
-    static constexpr int N_STAGES = 200 * 1024 / STAGE_BYTES;
-    static constexpr int BYTES = N_STAGES * (STAGE_BYTES + 2 * 8); /* the list of tiles follows */
-    static_assert(BYTES + 4 * (LR_MAX_EXPERTS + 1) <= 227 * 1024, "shared memory");
+    /* a narrow tile leaves room for a list of LR_MAX_EXPERTS experts */
+    static constexpr int N_STAGES =
+        (226 * 1024 - CONSUMERS * STAGING_BYTES - (COLUMNS > 64 ? 0 : 4 * LR_MAX_EXPERTS)) / STAGE_BYTES;
+    static constexpr int BYTES = CONSUMERS * STAGING_BYTES + N_STAGES * (STAGE_BYTES + 2 * 8);
+    static constexpr int MAX_EXPERTS = (227 * 1024 - BYTES) / 4 - 1; /* the list of tiles follows */
 };
 
 /* For much work, and for little: many small tiles. */
-#ifndef CLUSTERED
-#define CLUSTERED 2
-#endif
-typedef product_shape<256, CLUSTERED> large_shape;
-typedef product_shape<64, 1> small_shape;
+typedef product_shape<256> large_shape;
+typedef product_shape<64> small_shape;
 
-/* Columns of y that a block computes. */
+/* Columns of y that a tile covers. */
 template <class SHAPE, output_kind OUTPUT>
-constexpr int BLOCK_COLUMNS = OUTPUT == output_kind::SWIGLU ? SHAPE::COLUMNS / 2 : SHAPE::COLUMNS;
+constexpr int OUTPUT_COLUMNS = OUTPUT == output_kind::SWIGLU ? SHAPE::COLUMNS / 2 : SHAPE::COLUMNS;
 
-/* What the tensor maps are made of, on the host: a [n_rows, k]; W or, with SwiGLU, gate and up [n_experts, n, k]. */
+/* What the tensor maps are made of, on the host: a [n_rows, k]; W or, with SwiGLU, gate and up [n_experts, n, k];
+ * y [n_rows, n] if it is bf16. */
 struct product_operands {
-    matrix_view a, b[2];
+    matrix_view a, b[2], y;
 };
 
-/* Where a cluster's tile lies. */
+/* Where a tile lies. */
 struct tile {
     int64_t row; /* its first row */
     int n_rows;
@@ -88,7 +79,6 @@ struct tile_walk {
 
     __device__ __forceinline__ bool find(int64_t number, tile &t)
     {
-        constexpr int GROUP = GROUP_ROWS / TILE_ROWS;
         while (expert < n_experts && number >= static_cast<int64_t>(before[expert + 1]) * n_column_tiles)
             expert++;
         if (expert == n_experts)
@@ -134,7 +124,7 @@ static __device__ __forceinline__ void count_tiles(const product_params &p, int3
 
 /* The ring's barriers and where the role stands in it; producer and consumers step through it alike. */
 template <class SHAPE> struct ring {
-    uint32_t stages;
+    uint32_t stages, staging;
     uint64_t *full, *empty;
     int stage = 0;
     uint32_t parity = 0;
@@ -147,16 +137,11 @@ template <class SHAPE> struct ring {
     {
         return a() + SHAPE::A_BYTES;
     }
-    /* A consumer warp is through with a stage: the producers of the whole cluster write into it. */
+    /* A consumer warp is through with a stage. */
     __device__ __forceinline__ void release(int which) const
     {
-        const int lane = threadIdx.x % 32;
-        if constexpr (SHAPE::CLUSTER == 1) {
-            if (lane == 0)
-                barrier_arrive(&empty[which]);
-        } else if (lane < SHAPE::CLUSTER) {
-            barrier_arrive_remote(&empty[which], lane);
-        }
+        if (threadIdx.x % 32 == 0)
+            barrier_arrive(&empty[which]);
     }
     __device__ __forceinline__ void advance()
     {
@@ -170,33 +155,30 @@ template <class SHAPE> struct ring {
 template <class SHAPE, output_kind OUTPUT>
 static __device__ __forceinline__ void produce(const product_params &p, tile_walk walk, ring<SHAPE> ring)
 {
-    constexpr int CLUSTER = SHAPE::CLUSTER;
-    const int rank = CLUSTER == 1 ? 0 : cluster_rank();
     tile t;
-    for (int64_t number = blockIdx.x / CLUSTER; walk.find(number, t); number += gridDim.x / CLUSTER) {
+    for (int64_t number = blockIdx.x; walk.find(number, t); number += gridDim.x) {
         const int n_blocks = (t.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, row = static_cast<int>(t.row);
-        const int column = (t.column_tile * CLUSTER + rank) * BLOCK_COLUMNS<SHAPE, OUTPUT>;
+        const int column = t.column_tile * OUTPUT_COLUMNS<SHAPE, OUTPUT>;
         for (int step = 0; step < p.n_steps; step++, ring.advance()) {
             uint64_t *barrier = &ring.full[ring.stage];
             barrier_wait(&ring.empty[ring.stage], ring.parity ^ 1);
             barrier_announce(barrier, n_blocks * BLOCK_BYTES + SHAPE::B_BYTES);
-            for (int block = rank; block < n_blocks; block += CLUSTER)
-                tensor_load<CLUSTER>(ring.a() + block * BLOCK_BYTES, &p.a, barrier, step * TILE_K,
-                                     row + block * BLOCK_ROWS, 0);
-            tensor_load<1>(ring.b(), &p.b[0], barrier, step * TILE_K, column, t.expert);
+            for (int block = 0; block < n_blocks; block++)
+                tensor_load(ring.a() + block * BLOCK_BYTES, &p.a, barrier, step * TILE_K, row + block * BLOCK_ROWS, 0);
+            tensor_load(ring.b(), &p.b[0], barrier, step * TILE_K, column, t.expert);
             if constexpr (OUTPUT == output_kind::SWIGLU)
-                tensor_load<1>(ring.b() + SHAPE::B_BYTES / 2, &p.b[1], barrier, step * TILE_K, column, t.expert);
+                tensor_load(ring.b() + SHAPE::B_BYTES / 2, &p.b[1], barrier, step * TILE_K, column, t.expert);
         }
     }
 }
 
-/* The product of a consumer's rows with a tile of W; beside it the previous tile's stores. */
-template <class SHAPE, class DEFERRED>
-static __device__ __forceinline__ void multiply(const product_params &p, float (&sum)[SHAPE::COLUMNS / 2], int consumer,
-                                                ring<SHAPE> &ring, DEFERRED &deferred)
+/* The product of a consumer's rows with a tile of W. */
+template <class SHAPE>
+static __device__ __forceinline__ void multiply(float (&sum)[SHAPE::COLUMNS / 2], int n_steps, int consumer,
+                                                ring<SHAPE> &ring)
 {
     int previous = 0;
-    for (int step = 0; step < p.n_steps; step++, ring.advance()) {
+    for (int step = 0; step < n_steps; step++, ring.advance()) {
         const uint64_t a = tile_descriptor(ring.a() + consumer * BLOCK_BYTES, 0), b = tile_descriptor(ring.b(), 0);
         barrier_wait(&ring.full[ring.stage], ring.parity);
         wgmma_fence();
@@ -204,7 +186,6 @@ static __device__ __forceinline__ void multiply(const product_params &p, float (
         for (int kk = 0; kk < TILE_K / 16; kk++)
             wgmma_shared(sum, a + 2 * kk, b + 2 * kk, step > 0 || kk > 0);
         wgmma_commit();
-        deferred.store_some(step, p.n_steps, p.y_stride);
         if (step > 0) {
             wgmma_wait<1>();
             ring.release(previous);
@@ -215,7 +196,7 @@ static __device__ __forceinline__ void multiply(const product_params &p, float (
     ring.release(previous);
 }
 
-/* A stage of a tile in which the consumer has no rows. */
+/* A tile in which the consumer has no rows. */
 template <class SHAPE> static __device__ __forceinline__ void skip(int n_steps, ring<SHAPE> &ring)
 {
     for (int step = 0; step < n_steps; step++, ring.advance()) {
@@ -227,33 +208,33 @@ template <class SHAPE> static __device__ __forceinline__ void skip(int n_steps, 
 template <class SHAPE, output_kind OUTPUT, bool GENERAL>
 static __device__ __forceinline__ void consume(const product_params &p, tile_walk walk, ring<SHAPE> ring)
 {
-    constexpr int CLUSTER = SHAPE::CLUSTER, COLUMNS = BLOCK_COLUMNS<SHAPE, OUTPUT>;
-    constexpr bool DEFERS = OUTPUT != output_kind::F32 && !GENERAL;
-    std::conditional_t<DEFERS, deferred_rows<COLUMNS>, nothing_deferred> deferred;
-    const int rank = CLUSTER == 1 ? 0 : cluster_rank();
     const int consumer = threadIdx.x / WARPGROUP_THREADS - 1, first = consumer * BLOCK_ROWS;
     tile t;
-    for (int64_t number = blockIdx.x / CLUSTER; walk.find(number, t); number += gridDim.x / CLUSTER) {
-        const int column = (t.column_tile * CLUSTER + rank) * COLUMNS, n_rows = min(t.n_rows - first, BLOCK_ROWS);
+    /* The second consumer starts later by what the ring holds. From then on one multiplies while the other stores. */
+    if (consumer == 1 && p.n_steps >= SHAPE::N_STAGES && walk.find(blockIdx.x, t))
+        barrier_wait(&ring.full[SHAPE::N_STAGES - 1], 0);
+    for (int64_t number = blockIdx.x; walk.find(number, t); number += gridDim.x) {
+        const int column = t.column_tile * OUTPUT_COLUMNS<SHAPE, OUTPUT>, n_rows = min(t.n_rows - first, BLOCK_ROWS);
         if (n_rows <= 0) {
-            deferred.store(COLUMNS / 32, p.y_stride);
             skip(p.n_steps, ring);
             continue;
         }
         if (OUTPUT == output_kind::F32 && p.accumulate)
-            prefetch_rows<COLUMNS>(p, t.row + first, n_rows, column);
+            prefetch_rows<SHAPE::COLUMNS>(p, t.row + first, n_rows, column);
         float sum[SHAPE::COLUMNS / 2];
-        multiply<SHAPE>(p, sum, consumer, ring, deferred);
-        store_tile<OUTPUT, GENERAL>(p, sum, t.row + first, n_rows, column, deferred);
+        multiply<SHAPE>(sum, p.n_steps, consumer, ring);
+        store_tile<OUTPUT, GENERAL>(p, sum, t.row + first, n_rows, column, ring.staging + consumer * STAGING_BYTES,
+                                    1 + consumer);
     }
-    deferred.store(COLUMNS / 32, p.y_stride);
+    store_wait();
 }
 
 template <class SHAPE, output_kind OUTPUT, bool GENERAL>
 static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(const __grid_constant__ product_params p)
 {
     extern __shared__ __align__(1024) uint8_t shared[];
-    uint64_t *full = reinterpret_cast<uint64_t *>(shared + SHAPE::N_STAGES * SHAPE::STAGE_BYTES);
+    uint8_t *staging = shared + SHAPE::N_STAGES * SHAPE::STAGE_BYTES;
+    uint64_t *full = reinterpret_cast<uint64_t *>(staging + CONSUMERS * STAGING_BYTES);
     uint64_t *empty = full + SHAPE::N_STAGES;
     int32_t *before = reinterpret_cast<int32_t *>(empty + SHAPE::N_STAGES);
 
@@ -262,7 +243,7 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(cons
         if (threadIdx.x == 0) {
             for (int i = 0; i < SHAPE::N_STAGES; i++) {
                 barrier_init(&full[i], 1);
-                barrier_init(&empty[i], CONSUMER_WARPS * SHAPE::CLUSTER);
+                barrier_init(&empty[i], CONSUMER_WARPS);
             }
             barrier_init_done();
             tensor_prefetch(&p.a);
@@ -270,10 +251,8 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(cons
         }
     }
     __syncthreads();
-    if constexpr (SHAPE::CLUSTER > 1)
-        cluster_sync();
     const tile_walk walk = {p.offsets, before, p.n_rows, p.n_experts, p.n_column_tiles, 0};
-    const ring<SHAPE> ring = {shared_address(shared), full, empty};
+    const ring<SHAPE> ring = {shared_address(shared), shared_address(staging), full, empty};
     if (threadIdx.x < WARPGROUP_THREADS) {
         registers_shrink<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0)
@@ -282,9 +261,6 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(cons
         registers_grow<CONSUMER_REGISTERS>();
         consume<SHAPE, OUTPUT, GENERAL>(p, walk, ring);
     }
-    /* A block's shared memory must outlive what the other still sends to it. */
-    if constexpr (SHAPE::CLUSTER > 1)
-        cluster_sync();
 }
 
 /* Fills in what follows from the shape, and launches. n_row_ends: how many tiles may not be full. */
@@ -292,43 +268,32 @@ template <class SHAPE, output_kind OUTPUT, bool GENERAL>
 static cudaError_t launch_product(cudaStream_t stream, int n_multiprocessors, product_params &p,
                                   const product_operands &operands, int64_t n_row_ends)
 {
-    constexpr int COLUMNS = BLOCK_COLUMNS<SHAPE, OUTPUT>;
+    constexpr int COLUMNS = OUTPUT_COLUMNS<SHAPE, OUTPUT>;
     const auto kernel = product_kernel<SHAPE, OUTPUT, GENERAL>;
     const int n_bytes = SHAPE::BYTES + 4 * (p.n_experts + 1);
     cudaError_t error = tensor_map_encode(&p.a, operands.a, BLOCK_ROWS);
     for (int i = 0; error == cudaSuccess && i < (OUTPUT == output_kind::SWIGLU ? 2 : 1); i++)
         error = tensor_map_encode(&p.b[i], operands.b[i], COLUMNS);
+    if (error == cudaSuccess && OUTPUT != output_kind::F32 && !GENERAL)
+        error = tensor_map_encode(&p.stores, operands.y, BLOCK_ROWS);
     if (error == cudaSuccess)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes);
     if (error != cudaSuccess)
         return error;
     p.n_steps = static_cast<int>(divide_up(operands.a.columns, TILE_K));
-    p.n_column_tiles = static_cast<int>(divide_up(p.n_columns, COLUMNS * SHAPE::CLUSTER));
+    p.n_column_tiles = static_cast<int>(divide_up(p.n_columns, COLUMNS));
     const int64_t n_tiles = (p.n_rows / TILE_ROWS + n_row_ends) * p.n_column_tiles;
-    const int64_t n_clusters = n_multiprocessors / SHAPE::CLUSTER;
-    if (SHAPE::CLUSTER == 1) {
-        kernel<<<static_cast<unsigned>(n_tiles < n_clusters ? n_tiles : n_clusters), PRODUCT_THREADS, n_bytes, stream>>>(p);
-        return cudaGetLastError();
-    }
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = SHAPE::CLUSTER;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>((n_tiles < n_clusters ? n_tiles : n_clusters) * SHAPE::CLUSTER));
-    config.blockDim = dim3(PRODUCT_THREADS);
-    config.dynamicSmemBytes = static_cast<size_t>(n_bytes);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, p);
+    const int n_blocks = static_cast<int>(n_tiles < n_multiprocessors ? n_tiles : n_multiprocessors);
+    kernel<<<n_blocks, PRODUCT_THREADS, n_bytes, stream>>>(p);
+    return cudaGetLastError();
 }
 
-/* Whether n_rows x n_columns gives every cluster of the large shape a tile. */
-static inline bool fills_device(int64_t n_rows, int64_t n_columns, int tile_columns, int n_multiprocessors)
+/* Whether n_rows x n_columns gives every multiprocessor a tile of the large shape. */
+static inline bool fills_device(int64_t n_rows, int64_t n_columns, int64_t n_experts, int tile_columns,
+                                int n_multiprocessors)
 {
-    return n_columns > tile_columns / 2 && divide_up(n_rows, TILE_ROWS) * divide_up(n_columns, tile_columns) >=
-                                               n_multiprocessors / large_shape::CLUSTER;
+    return n_experts <= large_shape::MAX_EXPERTS && n_columns > tile_columns / 2 &&
+           divide_up(n_rows, TILE_ROWS) * divide_up(n_columns, tile_columns) >= n_multiprocessors;
 }
 
 } // namespace lr
