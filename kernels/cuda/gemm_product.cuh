@@ -199,6 +199,7 @@ static __device__ __forceinline__ void multiply(float (&sum)[SHAPE::COLUMNS / 2]
 /* A tile in which the consumer has no rows. */
 template <class SHAPE> static __device__ __forceinline__ void skip(int n_steps, ring<SHAPE> &ring)
 {
+#pragma unroll 1
     for (int step = 0; step < n_steps; step++, ring.advance()) {
         barrier_wait(&ring.full[ring.stage], ring.parity);
         ring.release(ring.stage);
