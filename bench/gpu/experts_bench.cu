@@ -94,7 +94,8 @@ static void report(const char *name, double ms, double flops, double bytes)
 static void time_gemm(int64_t m, int64_t n, int64_t k, int wide, int accumulate)
 {
     const size_t y_bytes = static_cast<size_t>(m * n) * (wide ? 4 : 2);
-    struct lr_weight w = {LR_BF16, n, k, take(n * k, 1.0f / sqrtf(static_cast<float>(k))), lr_cuda_weight_bytes(n, k, LR_BF16)};
+    struct lr_weight w = {LR_BF16, n, k, take(n * k, 1.0f / sqrtf(static_cast<float>(k))),
+                          lr_cuda_weight_bytes(n, k, LR_BF16)};
     __nv_bfloat16 *a = take(m * k, 1.0f);
     void *y = reserve(static_cast<int64_t>(y_bytes));
     check(cudaMemset(y, 0, y_bytes), "zero");
@@ -127,7 +128,8 @@ static void time_experts(int64_t n_tokens, int64_t n_experts, int64_t top_k, int
     for (int i = 0; i < 3; i++) {
         weights[i] = take(n_experts * size, 1.0f / sqrtf(static_cast<float>(d)));
         for (int64_t e = 0; e < n_experts; e++)
-            w[i].push_back({LR_BF16, i < 2 ? ffn : d, i < 2 ? d : ffn, weights[i] + e * size, static_cast<size_t>(size) * 2});
+            w[i].push_back({LR_BF16, i < 2 ? ffn : d, i < 2 ? d : ffn, weights[i] + e * size,
+                            static_cast<size_t>(size) * 2});
     }
     std::vector<float> host_logits(static_cast<size_t>(n_tokens * n_experts));
     for (float &x : host_logits)
@@ -152,7 +154,8 @@ static void time_experts(int64_t n_tokens, int64_t n_experts, int64_t top_k, int
              (long long)n_experts, (long long)d, (long long)ffn);
     const double rows = static_cast<double>(m), t = static_cast<double>(n_tokens), columns = static_cast<double>(d);
     snprintf(name, sizeof name, "router_%s", shape);
-    report(name, median_ms([&] { lr_cuda_router(&exec, &route); }), 0.0, t * static_cast<double>(n_experts) * 4 + rows * 8);
+    report(name, median_ms([&] { lr_cuda_router(&exec, &route); }), 0.0,
+           t * static_cast<double>(n_experts) * 4 + rows * 8);
     snprintf(name, sizeof name, "sort_%s", shape);
     report(name, median_ms([&] { lr_cuda_expert_sort(&exec, &sort); }), 0.0, rows * 20);
     snprintf(name, sizeof name, "gather_%s", shape);
@@ -163,9 +166,10 @@ static void time_experts(int64_t n_tokens, int64_t n_experts, int64_t top_k, int
     const double bytes = rows * 4 * (columns + static_cast<double>(ffn)) + 6.0 * static_cast<double>(n_experts * size);
     report(name, median_ms([&] { lr_cuda_experts(&exec, &run); }), flops, bytes);
     snprintf(name, sizeof name, "combine_%s", shape);
-    report(name, median_ms([&] { lr_cuda_moe_combine(&exec, &combine); }), 0.0, rows * (12 + 2 * columns) + t * columns * 8);
-    void *const all[] = {weights[0], weights[1], weights[2], logits, p, ids, offsets, order, row_of, tokens, x, hidden, y,
-                         residual};
+    report(name, median_ms([&] { lr_cuda_moe_combine(&exec, &combine); }), 0.0,
+           rows * (12 + 2 * columns) + t * columns * 8);
+    void *const all[] = {weights[0], weights[1], weights[2], logits, p,      ids, offsets,
+                         order,      row_of,     tokens,     x,      hidden, y,   residual};
     for (void *memory : all)
         cudaFree(memory);
 }

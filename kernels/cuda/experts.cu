@@ -84,7 +84,7 @@ static cudaError_t gate_and_up(const struct lr_exec *exec, const struct lr_exper
     constexpr output_kind SWIGLU = output_kind::SWIGLU;
     if (args.activation != LR_ACT_SILU || !stores_are_wide(p.y, p.y_stride, p.n_columns, 8, 2)) /* rare */
         return launch_product<small_shape, SWIGLU, true>(stream, n_multiprocessors, p, operands, n_row_ends);
-    if (fills_device(p.n_rows, p.n_columns, p.n_experts, large_shape::COLUMNS / 2 * large_shape::CLUSTER, n_multiprocessors))
+    if (fills_device(p.n_rows, p.n_columns, p.n_experts, large_shape::COLUMNS / 2, n_multiprocessors))
         return launch_product<large_shape, SWIGLU, false>(stream, n_multiprocessors, p, operands, n_row_ends);
     return launch_product<small_shape, SWIGLU, false>(stream, n_multiprocessors, p, operands, n_row_ends);
 }
@@ -100,7 +100,7 @@ static cudaError_t down(const struct lr_exec *exec, const struct lr_experts_args
     constexpr output_kind BF16 = output_kind::BF16;
     if (!stores_are_wide(p.y, p.y_stride, p.n_columns, 8, 2))
         return launch_product<small_shape, BF16, true>(stream, n_multiprocessors, p, operands, n_row_ends);
-    if (fills_device(p.n_rows, p.n_columns, p.n_experts, large_shape::COLUMNS * large_shape::CLUSTER, n_multiprocessors))
+    if (fills_device(p.n_rows, p.n_columns, p.n_experts, large_shape::COLUMNS, n_multiprocessors))
         return launch_product<large_shape, BF16, false>(stream, n_multiprocessors, p, operands, n_row_ends);
     return launch_product<small_shape, BF16, false>(stream, n_multiprocessors, p, operands, n_row_ends);
 }
@@ -117,9 +117,6 @@ static cudaError_t experts(const struct lr_exec *exec, const struct lr_experts_a
     /* every expert may end in a tile that is not full */
     const int64_t n_row_ends = args.n_experts < args.n_rows ? args.n_experts : args.n_rows;
     const cudaError_t error = gate_and_up(exec, args, n_row_ends);
-#ifdef ONLY
-    return error;
-#endif
     return error == cudaSuccess ? down(exec, args, n_row_ends) : error;
 }
 

@@ -18,7 +18,7 @@ static cudaError_t launch_gemm(const struct lr_exec *exec, product_params &p, co
     const int n_multiprocessors = lr_cuda_multiprocessors(exec);
     if (general) /* rare or narrow: one instance is enough */
         return launch_product<small_shape, OUTPUT, true>(stream, n_multiprocessors, p, operands, 1);
-    constexpr int TILE_COLUMNS = large_shape::COLUMNS * large_shape::CLUSTER;
+    constexpr int TILE_COLUMNS = large_shape::COLUMNS;
     if (fills_device(p.n_rows, p.n_columns, 1, TILE_COLUMNS, n_multiprocessors))
         return launch_product<large_shape, OUTPUT, false>(stream, n_multiprocessors, p, operands, 1);
     return launch_product<small_shape, OUTPUT, false>(stream, n_multiprocessors, p, operands, 1);

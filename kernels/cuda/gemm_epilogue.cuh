@@ -18,13 +18,7 @@
 namespace lr
 {
 
-#ifndef DIRECT
-#define DIRECT 0
-#endif
-#ifndef STAGING
-#define STAGING 128
-#endif
-constexpr int STAGING_COLUMNS = STAGING;
+constexpr int STAGING_COLUMNS = 128;
 constexpr int STAGING_BYTES = 64 * STAGING_COLUMNS * 2; /* of a warpgroup */
 
 enum class output_kind { BF16, F32, SWIGLU };
@@ -120,7 +114,8 @@ static __device__ __forceinline__ void store_boxes(const product_params &p, cons
         for (int i = 0; i < WIDTH / 16; i++) {
             const float *x = &sum[4 * (first / 8 + 2 * i)];
             const uint32_t at = staging + i / 4 * (64 * 128) + swizzled(own_row, i % 4 * 2 + lane / 16);
-            store_blocks(at, pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+            store_blocks(at, pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
+                         pack_bf16(x[6], x[7]));
         }
         fence_to_wgmma(); /* and to the copy engine */
         named_barrier(barrier, 128);
@@ -164,9 +159,9 @@ static __device__ __forceinline__ void prefetch_rows(const product_params &p, in
 #pragma unroll
     for (int i = 0; i < 64 * N / LINE / 128; i++) {
         const int r = (thread + 128 * i) / (N / LINE), column = first_column + (thread + 128 * i) % (N / LINE) * LINE;
+        const float *y = static_cast<const float *>(p.y) + (row + r) * p.y_stride + column;
         if (r < n_rows && column < p.n_columns)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const float *>(p.y) + (row + r) * p.y_stride + column)
-                         : "memory");
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(y) : "memory");
     }
 }
 
@@ -243,7 +238,8 @@ static __device__ __forceinline__ void add_bias(const product_params &p, float (
 }
 
 /* The warpgroup's n_rows (1..64) rows from `row` on. Without GENERAL: no activation (SwiGLU: SiLU), bf16 is not
- * accumulated, and y may be written in pieces of 8 elements (bf16), of 2 (float32). `barrier` is the warpgroup's named barrier. */
+ * accumulated, and y may be written in pieces of 8 elements (bf16), of 2 (float32). `barrier` is the warpgroup's
+ * named barrier, `staging` its own shared memory. */
 template <output_kind OUTPUT, bool GENERAL, int SIZE>
 static __device__ __forceinline__ void store_tile(const product_params &p, float (&sum)[SIZE], int64_t row, int n_rows,
                                                   int first_column, uint32_t staging, int barrier)
@@ -265,7 +261,7 @@ static __device__ __forceinline__ void store_tile(const product_params &p, float
         store_elements<N, OUTPUT == output_kind::F32>(p, sum, row, n_rows, first_column);
     else if constexpr (OUTPUT == output_kind::F32)
         store_pairs<N>(p, sum, row, n_rows, first_column);
-    else if (!DIRECT && N % 64 == 0 && n_rows == 64)
+    else if (N % 64 == 0 && n_rows == 64)
         store_boxes<N>(p, sum, static_cast<int>(row), first_column, staging, barrier);
     else
         store_pieces<N>(p, sum, row, n_rows, first_column);

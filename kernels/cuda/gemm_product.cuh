@@ -1,20 +1,13 @@
 /* The one matrix product of the CUDA backend: dense layers and experts run the same persistent kernel.
  *
- *   rows of a, sorted by expert          y
- *   offsets[e] ... offsets[e + 1]        one cluster: ROWS rows of one expert x (CLUSTER x COLUMNS) columns
+ *   rows of a, sorted by expert        tiles of 128 rows, none spans two experts     y
+ *   offsets[e] ... offsets[e + 1]  ->  x COLUMNS rows of W_e                     ->  whole blocks, masked ends
  *
- *              block 0            block 1 of the cluster
- *   a  rows |  ROWS x 64   ==   the same ROWS x 64   | each block fetches half of it and sends it to both
- *   W       |  COLUMNS x 64  |    COLUMNS x 64       | each its own
+ *   warpgroup 0: one thread keeps a ring of stages full (a [128 x 64] and W [COLUMNS x 64], copy engine)
+ *   warpgroups 1, 2: 64 rows each: wgmma over the stages in ascending k, then the epilogue
  *
- *   warpgroup 0: one thread keeps a ring of such stages full (copy engine)
- *   warpgroups 1, 2: 64-row blocks g, g + 2, ... of the tile: wgmma over the stages in ascending k, then the epilogue
- *   from registers
- *
- * Where two blocks share the rows, a tile of 256 x 256 costs the L2 cache what it would cost one block of that size,
- * whose accumulators no multiprocessor could hold. The consumers share the stages but not their pace: while one is in
- * its epilogue the other has the tensor cores. Of an expert's last tile only the 64-row blocks that have rows are
- * fetched and multiplied.
+ * The consumers share the stages but not their pace: while one is in its epilogue the other has the tensor cores. Of an
+ * expert's last tile only the 64-row blocks that have rows are fetched and multiplied.
  *
  * Every output element is one chain of wgmma steps over ascending k in every instance of the kernel, so a row's bits
  * depend neither on the number of rows nor on the tile that it falls into. */
@@ -30,44 +23,36 @@ namespace lr
 {
 
 constexpr int TILE_K = 64; /* columns of a stage: one swizzled block */
-constexpr int BLOCK_ROWS = 64;
+constexpr int BLOCK_ROWS = 64; /* of a consumer */
 constexpr int WARPGROUP_THREADS = 128;
 constexpr int CONSUMERS = 2;
+constexpr int TILE_ROWS = CONSUMERS * BLOCK_ROWS;
 constexpr int CONSUMER_WARPS = 4 * CONSUMERS;
 constexpr int PRODUCT_THREADS = (1 + CONSUMERS) * WARPGROUP_THREADS;
 constexpr int BLOCK_BYTES = BLOCK_ROWS * TILE_K * 2;
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
-constexpr int GROUP_ROWS = 2048; /* rows that walk the columns together, so that both operands stay in L2 */
+constexpr int GROUP = 16; /* row tiles that walk the columns together, so that both operands stay in L2 */
 
-/* An instance: BLOCKS row blocks for each consumer, COLUMNS rows of W a block, CLUSTER blocks side by side. */
-template <int BLOCKS_, int COLUMNS_, int CLUSTER_> struct product_shape {
-    static constexpr int BLOCKS = BLOCKS_, COLUMNS = COLUMNS_, CLUSTER = CLUSTER_;
-    static constexpr int ROWS = CONSUMERS * BLOCKS * BLOCK_ROWS;
-    static constexpr int A_BYTES = ROWS * TILE_K * 2, B_BYTES = COLUMNS * TILE_K * 2;
+/* An instance: tiles of COLUMNS rows of W. */
+template <int COLUMNS_> struct product_shape {
+    static constexpr int COLUMNS = COLUMNS_;
+    static constexpr int A_BYTES = TILE_ROWS * TILE_K * 2, B_BYTES = COLUMNS * TILE_K * 2;
     static constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
-    static constexpr int N_STAGES = (226 * 1024 - CONSUMERS * STAGING_BYTES - (COLUMNS > 64 ? 0 : 16384)) / STAGE_BYTES;
+    /* a narrow tile leaves room for a list of LR_MAX_EXPERTS experts */
+    static constexpr int N_STAGES =
+        (226 * 1024 - CONSUMERS * STAGING_BYTES - (COLUMNS > 64 ? 0 : 4 * LR_MAX_EXPERTS)) / STAGE_BYTES;
     static constexpr int BYTES = CONSUMERS * STAGING_BYTES + N_STAGES * (STAGE_BYTES + 2 * 8);
     static constexpr int MAX_EXPERTS = (227 * 1024 - BYTES) / 4 - 1; /* the list of tiles follows */
 };
 
 /* For much work, and for little: many small tiles. */
-#ifndef NOSKEW
-#define NOSKEW 0
-#endif
-#if VARIANT == 1
-#define LARGE 1, 256, 2
-#elif VARIANT == 2
-#define LARGE 2, 128, 2
-#else
-#define LARGE 1, 256, 1
-#endif
-typedef product_shape<LARGE> large_shape;
-typedef product_shape<1, 64, 1> small_shape;
+typedef product_shape<256> large_shape;
+typedef product_shape<64> small_shape;
 
-/* Columns of y that a block computes. */
+/* Columns of y that a tile covers. */
 template <class SHAPE, output_kind OUTPUT>
-constexpr int BLOCK_COLUMNS = OUTPUT == output_kind::SWIGLU ? SHAPE::COLUMNS / 2 : SHAPE::COLUMNS;
+constexpr int OUTPUT_COLUMNS = OUTPUT == output_kind::SWIGLU ? SHAPE::COLUMNS / 2 : SHAPE::COLUMNS;
 
 /* What the tensor maps are made of, on the host: a [n_rows, k]; W or, with SwiGLU, gate and up [n_experts, n, k];
  * y [n_rows, n] if it is bf16. */
@@ -75,7 +60,7 @@ struct product_operands {
     matrix_view a, b[2], y;
 };
 
-/* Where a cluster's tile lies. */
+/* Where a tile lies. */
 struct tile {
     int64_t row; /* its first row */
     int n_rows;
@@ -85,7 +70,7 @@ struct tile {
 
 /* Finds tiles by their number, which must ascend from call to call. `before` [n_experts + 1]: row tiles in front of
  * each expert. */
-template <int ROWS> struct tile_walk {
+struct tile_walk {
     const int64_t *offsets;
     const int32_t *before;
     int64_t n_rows;
@@ -94,7 +79,6 @@ template <int ROWS> struct tile_walk {
 
     __device__ __forceinline__ bool find(int64_t number, tile &t)
     {
-        constexpr int GROUP = GROUP_ROWS / ROWS;
         while (expert < n_experts && number >= static_cast<int64_t>(before[expert + 1]) * n_column_tiles)
             expert++;
         if (expert == n_experts)
@@ -104,25 +88,19 @@ template <int ROWS> struct tile_walk {
         const int group = local / (GROUP * n_column_tiles);
         const int in_group = local - group * GROUP * n_column_tiles;
         const int group_tiles = min(GROUP, n_row_tiles - group * GROUP);
-#if ORDER == 1
-        const int row_tile = group * GROUP + in_group / n_column_tiles;
-        t.column_tile = in_group % n_column_tiles;
-        (void)group_tiles;
-#else
         t.column_tile = in_group / group_tiles;
         const int row_tile = group * GROUP + in_group - t.column_tile * group_tiles;
-#endif
         const int64_t first = offsets != nullptr ? __ldg(offsets + expert) - __ldg(offsets) : 0;
         const int64_t end = offsets != nullptr ? __ldg(offsets + expert + 1) - __ldg(offsets) : n_rows;
-        t.row = first + static_cast<int64_t>(row_tile) * ROWS;
-        t.n_rows = static_cast<int>(min(end - t.row, static_cast<int64_t>(ROWS)));
+        t.row = first + static_cast<int64_t>(row_tile) * TILE_ROWS;
+        t.n_rows = static_cast<int>(min(end - t.row, static_cast<int64_t>(TILE_ROWS)));
         t.expert = expert;
         return true;
     }
 };
 
 /* One warp: before[e] for all experts. */
-template <int ROWS> static __device__ __forceinline__ void count_tiles(const product_params &p, int32_t *before)
+static __device__ __forceinline__ void count_tiles(const product_params &p, int32_t *before)
 {
     const int lane = threadIdx.x % 32;
     int total = 0;
@@ -131,7 +109,7 @@ template <int ROWS> static __device__ __forceinline__ void count_tiles(const pro
         int64_t n_rows = 0;
         if (e < p.n_experts)
             n_rows = p.offsets != nullptr ? p.offsets[e + 1] - p.offsets[e] : p.n_rows;
-        int sum = static_cast<int>((n_rows + ROWS - 1) / ROWS);
+        int sum = static_cast<int>((n_rows + TILE_ROWS - 1) / TILE_ROWS);
         for (int step = 1; step < 32; step *= 2) {
             const int other = __shfl_up_sync(0xffffffffu, sum, step);
             sum += lane >= step ? other : 0;
@@ -159,16 +137,11 @@ template <class SHAPE> struct ring {
     {
         return a() + SHAPE::A_BYTES;
     }
-    /* A consumer warp is through with a stage: the producers of the whole cluster write into it. */
+    /* A consumer warp is through with a stage. */
     __device__ __forceinline__ void release(int which) const
     {
-        const int lane = threadIdx.x % 32;
-        if constexpr (SHAPE::CLUSTER == 1) {
-            if (lane == 0)
-                barrier_arrive(&empty[which]);
-        } else if (lane < SHAPE::CLUSTER) {
-            barrier_arrive_remote(&empty[which], lane);
-        }
+        if (threadIdx.x % 32 == 0)
+            barrier_arrive(&empty[which]);
     }
     __device__ __forceinline__ void advance()
     {
@@ -180,31 +153,28 @@ template <class SHAPE> struct ring {
 };
 
 template <class SHAPE, output_kind OUTPUT>
-static __device__ __forceinline__ void produce(const product_params &p, tile_walk<SHAPE::ROWS> walk, ring<SHAPE> ring)
+static __device__ __forceinline__ void produce(const product_params &p, tile_walk walk, ring<SHAPE> ring)
 {
-    constexpr int CLUSTER = SHAPE::CLUSTER;
-    const int rank = CLUSTER == 1 ? 0 : cluster_rank();
     tile t;
-    for (int64_t number = blockIdx.x / CLUSTER; walk.find(number, t); number += gridDim.x / CLUSTER) {
+    for (int64_t number = blockIdx.x; walk.find(number, t); number += gridDim.x) {
         const int n_blocks = (t.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, row = static_cast<int>(t.row);
-        const int column = (t.column_tile * CLUSTER + rank) * BLOCK_COLUMNS<SHAPE, OUTPUT>;
+        const int column = t.column_tile * OUTPUT_COLUMNS<SHAPE, OUTPUT>;
         for (int step = 0; step < p.n_steps; step++, ring.advance()) {
             uint64_t *barrier = &ring.full[ring.stage];
             barrier_wait(&ring.empty[ring.stage], ring.parity ^ 1);
             barrier_announce(barrier, n_blocks * BLOCK_BYTES + SHAPE::B_BYTES);
-            for (int block = rank; block < n_blocks; block += CLUSTER)
-                tensor_load<CLUSTER>(ring.a() + block * BLOCK_BYTES, &p.a, barrier, step * TILE_K,
-                                     row + block * BLOCK_ROWS, 0);
-            tensor_load<1>(ring.b(), &p.b[0], barrier, step * TILE_K, column, t.expert);
+            for (int block = 0; block < n_blocks; block++)
+                tensor_load(ring.a() + block * BLOCK_BYTES, &p.a, barrier, step * TILE_K, row + block * BLOCK_ROWS, 0);
+            tensor_load(ring.b(), &p.b[0], barrier, step * TILE_K, column, t.expert);
             if constexpr (OUTPUT == output_kind::SWIGLU)
-                tensor_load<1>(ring.b() + SHAPE::B_BYTES / 2, &p.b[1], barrier, step * TILE_K, column, t.expert);
+                tensor_load(ring.b() + SHAPE::B_BYTES / 2, &p.b[1], barrier, step * TILE_K, column, t.expert);
         }
     }
 }
 
-/* The products of a consumer's first N row blocks. */
-template <int N, class SHAPE>
-static __device__ __forceinline__ void multiply(float (&sum)[N][SHAPE::COLUMNS / 2], int n_steps, int consumer,
+/* The product of a consumer's rows with a tile of W. */
+template <class SHAPE>
+static __device__ __forceinline__ void multiply(float (&sum)[SHAPE::COLUMNS / 2], int n_steps, int consumer,
                                                 ring<SHAPE> &ring)
 {
     int previous = 0;
@@ -214,9 +184,7 @@ static __device__ __forceinline__ void multiply(float (&sum)[N][SHAPE::COLUMNS /
         wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < TILE_K / 16; kk++)
-#pragma unroll
-            for (int i = 0; i < N; i++)
-                wgmma_shared(sum[i], a + i * (CONSUMERS * BLOCK_BYTES >> 4) + 2 * kk, b + 2 * kk, step > 0 || kk > 0);
+            wgmma_shared(sum, a + 2 * kk, b + 2 * kk, step > 0 || kk > 0);
         wgmma_commit();
         if (step > 0) {
             wgmma_wait<1>();
@@ -228,49 +196,36 @@ static __device__ __forceinline__ void multiply(float (&sum)[N][SHAPE::COLUMNS /
     ring.release(previous);
 }
 
-template <int N, class SHAPE, output_kind OUTPUT, bool GENERAL>
-static __device__ __forceinline__ void compute(const product_params &p, const tile &t, int column, int consumer,
-                                               ring<SHAPE> &ring)
+/* A tile in which the consumer has no rows. */
+template <class SHAPE> static __device__ __forceinline__ void skip(int n_steps, ring<SHAPE> &ring)
 {
-    float sum[N][SHAPE::COLUMNS / 2];
-    if (OUTPUT == output_kind::F32 && p.accumulate) {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const int first = (consumer + i * CONSUMERS) * BLOCK_ROWS;
-            prefetch_rows<SHAPE::COLUMNS>(p, t.row + first, min(t.n_rows - first, BLOCK_ROWS), column);
-        }
-    }
-    multiply<N, SHAPE>(sum, p.n_steps, consumer, ring);
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        const int first = (consumer + i * CONSUMERS) * BLOCK_ROWS;
-        store_tile<OUTPUT, GENERAL>(p, sum[i], t.row + first, min(t.n_rows - first, BLOCK_ROWS), column,
-                                    ring.staging + consumer * STAGING_BYTES, 1 + consumer);
+#pragma unroll 1
+    for (int step = 0; step < n_steps; step++, ring.advance()) {
+        barrier_wait(&ring.full[ring.stage], ring.parity);
+        ring.release(ring.stage);
     }
 }
 
 template <class SHAPE, output_kind OUTPUT, bool GENERAL>
-static __device__ __forceinline__ void consume(const product_params &p, tile_walk<SHAPE::ROWS> walk, ring<SHAPE> ring)
+static __device__ __forceinline__ void consume(const product_params &p, tile_walk walk, ring<SHAPE> ring)
 {
-    constexpr int CLUSTER = SHAPE::CLUSTER;
-    const int rank = CLUSTER == 1 ? 0 : cluster_rank();
-    const int consumer = threadIdx.x / WARPGROUP_THREADS - 1;
+    const int consumer = threadIdx.x / WARPGROUP_THREADS - 1, first = consumer * BLOCK_ROWS;
     tile t;
     /* The second consumer starts later by what the ring holds. From then on one multiplies while the other stores. */
-    if (!NOSKEW && consumer == 1 && p.n_steps >= SHAPE::N_STAGES && walk.find(blockIdx.x / CLUSTER, t))
+    if (consumer == 1 && p.n_steps >= SHAPE::N_STAGES && walk.find(blockIdx.x, t))
         barrier_wait(&ring.full[SHAPE::N_STAGES - 1], 0);
-    for (int64_t number = blockIdx.x / CLUSTER; walk.find(number, t); number += gridDim.x / CLUSTER) {
-        const int column = (t.column_tile * CLUSTER + rank) * BLOCK_COLUMNS<SHAPE, OUTPUT>;
-        if (t.n_rows > (consumer + (SHAPE::BLOCKS - 1) * CONSUMERS) * BLOCK_ROWS) {
-            compute<SHAPE::BLOCKS, SHAPE, OUTPUT, GENERAL>(p, t, column, consumer, ring);
-        } else if (SHAPE::BLOCKS > 1 && t.n_rows > consumer * BLOCK_ROWS) {
-            compute<1, SHAPE, OUTPUT, GENERAL>(p, t, column, consumer, ring);
-        } else {
-            for (int step = 0; step < p.n_steps; step++, ring.advance()) {
-                barrier_wait(&ring.full[ring.stage], ring.parity);
-                ring.release(ring.stage);
-            }
+    for (int64_t number = blockIdx.x; walk.find(number, t); number += gridDim.x) {
+        const int column = t.column_tile * OUTPUT_COLUMNS<SHAPE, OUTPUT>, n_rows = min(t.n_rows - first, BLOCK_ROWS);
+        if (n_rows <= 0) {
+            skip(p.n_steps, ring);
+            continue;
         }
+        if (OUTPUT == output_kind::F32 && p.accumulate)
+            prefetch_rows<SHAPE::COLUMNS>(p, t.row + first, n_rows, column);
+        float sum[SHAPE::COLUMNS / 2];
+        multiply<SHAPE>(sum, p.n_steps, consumer, ring);
+        store_tile<OUTPUT, GENERAL>(p, sum, t.row + first, n_rows, column, ring.staging + consumer * STAGING_BYTES,
+                                    1 + consumer);
     }
     store_wait();
 }
@@ -285,11 +240,11 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(cons
     int32_t *before = reinterpret_cast<int32_t *>(empty + SHAPE::N_STAGES);
 
     if (threadIdx.x < 32) {
-        count_tiles<SHAPE::ROWS>(p, before);
+        count_tiles(p, before);
         if (threadIdx.x == 0) {
             for (int i = 0; i < SHAPE::N_STAGES; i++) {
                 barrier_init(&full[i], 1);
-                barrier_init(&empty[i], CONSUMER_WARPS * SHAPE::CLUSTER);
+                barrier_init(&empty[i], CONSUMER_WARPS);
             }
             barrier_init_done();
             tensor_prefetch(&p.a);
@@ -297,9 +252,7 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(cons
         }
     }
     __syncthreads();
-    if constexpr (SHAPE::CLUSTER > 1)
-        cluster_sync();
-    const tile_walk<SHAPE::ROWS> walk = {p.offsets, before, p.n_rows, p.n_experts, p.n_column_tiles, 0};
+    const tile_walk walk = {p.offsets, before, p.n_rows, p.n_experts, p.n_column_tiles, 0};
     const ring<SHAPE> ring = {shared_address(shared), shared_address(staging), full, empty};
     if (threadIdx.x < WARPGROUP_THREADS) {
         registers_shrink<PRODUCER_REGISTERS>();
@@ -309,9 +262,6 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(cons
         registers_grow<CONSUMER_REGISTERS>();
         consume<SHAPE, OUTPUT, GENERAL>(p, walk, ring);
     }
-    /* A block's shared memory must outlive what the other still sends to it. */
-    if constexpr (SHAPE::CLUSTER > 1)
-        cluster_sync();
 }
 
 /* Fills in what follows from the shape, and launches. n_row_ends: how many tiles may not be full. */
@@ -319,7 +269,7 @@ template <class SHAPE, output_kind OUTPUT, bool GENERAL>
 static cudaError_t launch_product(cudaStream_t stream, int n_multiprocessors, product_params &p,
                                   const product_operands &operands, int64_t n_row_ends)
 {
-    constexpr int COLUMNS = BLOCK_COLUMNS<SHAPE, OUTPUT>;
+    constexpr int COLUMNS = OUTPUT_COLUMNS<SHAPE, OUTPUT>;
     const auto kernel = product_kernel<SHAPE, OUTPUT, GENERAL>;
     const int n_bytes = SHAPE::BYTES + 4 * (p.n_experts + 1);
     cudaError_t error = tensor_map_encode(&p.a, operands.a, BLOCK_ROWS);
@@ -332,35 +282,19 @@ static cudaError_t launch_product(cudaStream_t stream, int n_multiprocessors, pr
     if (error != cudaSuccess)
         return error;
     p.n_steps = static_cast<int>(divide_up(operands.a.columns, TILE_K));
-    p.n_column_tiles = static_cast<int>(divide_up(p.n_columns, COLUMNS * SHAPE::CLUSTER));
-    const int64_t n_tiles = (p.n_rows / SHAPE::ROWS + n_row_ends) * p.n_column_tiles;
-    const int64_t n_clusters = n_multiprocessors / SHAPE::CLUSTER;
-#ifndef CLUSTER_ATTRIBUTE
-    if (SHAPE::CLUSTER == 1) {
-        kernel<<<static_cast<unsigned>(n_tiles < n_clusters ? n_tiles : n_clusters), PRODUCT_THREADS, n_bytes, stream>>>(p);
-        return cudaGetLastError();
-    }
-#endif
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = SHAPE::CLUSTER;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>((n_tiles < n_clusters ? n_tiles : n_clusters) * SHAPE::CLUSTER));
-    config.blockDim = dim3(PRODUCT_THREADS);
-    config.dynamicSmemBytes = static_cast<size_t>(n_bytes);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, p);
+    p.n_column_tiles = static_cast<int>(divide_up(p.n_columns, COLUMNS));
+    const int64_t n_tiles = (p.n_rows / TILE_ROWS + n_row_ends) * p.n_column_tiles;
+    const int n_blocks = static_cast<int>(n_tiles < n_multiprocessors ? n_tiles : n_multiprocessors);
+    kernel<<<n_blocks, PRODUCT_THREADS, n_bytes, stream>>>(p);
+    return cudaGetLastError();
 }
 
-/* Whether n_rows x n_columns gives every cluster of the large shape a tile. */
+/* Whether n_rows x n_columns gives every multiprocessor a tile of the large shape. */
 static inline bool fills_device(int64_t n_rows, int64_t n_columns, int64_t n_experts, int tile_columns,
                                 int n_multiprocessors)
 {
-    return n_experts <= large_shape::MAX_EXPERTS && n_columns > tile_columns / 2 && divide_up(n_rows, large_shape::ROWS) * divide_up(n_columns, tile_columns) >=
-                                               n_multiprocessors / large_shape::CLUSTER;
+    return n_experts <= large_shape::MAX_EXPERTS && n_columns > tile_columns / 2 &&
+           divide_up(n_rows, TILE_ROWS) * divide_up(n_columns, tile_columns) >= n_multiprocessors;
 }
 
 } // namespace lr

@@ -133,7 +133,8 @@ static void check_combine(int64_t n_rows, int64_t d, int64_t top_k, int shared, 
              (long long)top_k, shared);
     const int64_t n_routed = n_rows * top_k;
     const std::vector<float> x = take_numbers(n_rows * d, 1.0f, &seed), weights = take_numbers(n_routed, 1.0f, &seed);
-    const std::vector<float> y = take_numbers(n_routed * d, 1.0f, &seed), common = take_numbers(n_rows * d, 1.0f, &seed);
+    const std::vector<float> y = take_numbers(n_routed * d, 1.0f, &seed);
+    const std::vector<float> common = take_numbers(n_rows * d, 1.0f, &seed);
     std::vector<float> gate = take_numbers(n_rows, 30.0f, &seed);
     gate[0] = -200.0f;
     std::vector<int64_t> row_of(static_cast<size_t>(n_routed));
@@ -169,7 +170,8 @@ struct expert_weights {
     /* `gap`: elements between two experts, so that the distance is not the size */
     expert_weights(int64_t count, int64_t rows, int64_t columns, int64_t gap, uint64_t *seed)
         : n_experts(count), n(rows), k(columns),
-          device(static_cast<size_t>(count) * (lr_cuda_weight_bytes(rows, columns, LR_F32) / 2 + static_cast<size_t>(gap)))
+          device(static_cast<size_t>(count) *
+                 (lr_cuda_weight_bytes(rows, columns, LR_F32) / 2 + static_cast<size_t>(gap)))
     {
         const size_t distance = device.n / static_cast<size_t>(count);
         check_cuda(cudaMemset(device.data, 0xff, device.n * 2), "poison"); /* NaN between the experts */
