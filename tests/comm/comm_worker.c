@@ -189,8 +189,10 @@ static enum lr_status late_payload(struct lr_error *err)
     return lr_comm_wait(comm, &request, err);
 }
 
+/* Everyone listens to its end before one of them dies. */
 static enum lr_status die_barrier(struct lr_error *err)
 {
+    LR_TRY(lr_comm_barrier(comm, "layer 6 experts", err));
     if (comm->rank == 1)
         raise(SIGKILL);
     return lr_comm_barrier(comm, "layer 7 experts", err);
