@@ -1,5 +1,4 @@
-/* Sizes of a session's memory, one function per arena. All pure, but lr_plan_available_bytes, which
- * asks the system. */
+/* Sizes of a session's memory, one function per arena. All pure. */
 #ifndef LR_WORKER_PLAN_H
 #define LR_WORKER_PLAN_H
 

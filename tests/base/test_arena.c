@@ -10,7 +10,8 @@ static void test_blocks_are_aligned_and_disjoint(void **state)
     assert_int_equal(lr_arena_reserve(&arena, 10000, NULL), LR_OK);
     char *a = lr_arena_alloc(&arena, 3, 1), *b = lr_arena_alloc(&arena, 65, 1);
     char *c = lr_arena_alloc(&arena, 1, 8);
-    assert_true((uintptr_t)a % 64 == 0 && (uintptr_t)b % 64 == 0 && (uintptr_t)c % 64 == 0);
+    assert_true((uintptr_t)a % LR_ARENA_ALIGN_BYTES == 0 && (uintptr_t)b % LR_ARENA_ALIGN_BYTES == 0 &&
+                (uintptr_t)c % LR_ARENA_ALIGN_BYTES == 0);
     assert_true(b >= a + 3 && c >= b + 65);
     for (int i = 0; i < 65; i++)
         assert_int_equal(b[i], 0);
