@@ -63,6 +63,14 @@ expect 1 "the file has 19965168 of data" run --model "$work/cut" --document "$wo
 # what cannot fit is refused before the first token, with the numbers
 expect 1 "GiB" "$longreach" needle --model $model --document "$work/document" --tokens 2000000000 --needles 1 --quiet
 
+# a GPU that is not there, and what only GPUs can do; where there is one, the first is no error
+if ! "$longreach" logits --model $model --ids "$work/ids" --out "$work/l" --device cuda --quiet 2> "$work/err"; then
+    expect 1 "$(grep -q 'no CUDA backend' "$work/err" && echo 'no CUDA backend' || echo 'no GPU')" \
+        "$longreach" logits --model $model --ids "$work/ids" --out "$work/l" --device cuda --quiet --workers 2
+fi
+expect 1 "--transport nccl needs --device cuda" run --document "$work/document" --question x --device cpu --transport nccl --quiet
+expect 2 "--device" run --document "$work/document" --question x --device tpu
+
 # one token, eight workers; standard input; a template of one's own
 printf 'a' | "$longreach" run --model $model --document - --question x --workers 8 --json --template 'Q {question}\nA' --max-new-tokens 3 > "$work/out" 2> "$work/err" ||
     fail "eight workers for one token: $(cat "$work/err")"
