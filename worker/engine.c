@@ -214,8 +214,3 @@ void lr_engine_close(struct lr_engine *engine)
     lr_pool_destroy(engine->pool);
     *engine = (struct lr_engine){0};
 }
-
-void lr_engine_abort(struct lr_engine *engine)
-{
-    lr_links_abort(&engine->device_links);
-}

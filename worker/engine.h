@@ -46,9 +46,6 @@ LR_MUST_USE enum lr_status lr_engine_open(const struct lr_engine_options *option
                                           struct lr_error *err);
 void lr_engine_close(struct lr_engine *engine);
 
-/* For the way out after a failure: ends what is in flight on the device, so that closing cannot hang. Not collective. */
-void lr_engine_abort(struct lr_engine *engine);
-
 /* Collective agreement on an error: if any worker brings a status other than LR_OK, all return the
  * lowest rank's failure with its text. `mine` may have failed before; `err` holds its text. */
 LR_MUST_USE enum lr_status lr_agree(struct lr_comm *comm, enum lr_status mine, struct lr_error *err);

@@ -6,21 +6,16 @@
 
 enum { BLOCK = LR_KV_BLOCK_TOKENS };
 
-static int64_t ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 int64_t lr_plan_local_blocks(const struct lr_session_options *options, int n_workers)
 {
-    int64_t segments = ceil_div(options->max_tokens, options->segment_tokens);
-    int64_t own = ceil_div(segments, n_workers) * (options->segment_tokens / BLOCK);
-    return lr_min_i64(own, ceil_div(options->max_tokens, BLOCK));
+    int64_t segments = lr_ceil_div(options->max_tokens, options->segment_tokens);
+    int64_t own = lr_ceil_div(segments, n_workers) * (options->segment_tokens / BLOCK);
+    return lr_min_i64(own, lr_ceil_div(options->max_tokens, BLOCK));
 }
 
 int64_t lr_plan_fork_blocks(const struct lr_session_options *options)
 {
-    return ceil_div(options->max_fork_tokens, BLOCK) + 1;
+    return lr_ceil_div(options->max_fork_tokens, BLOCK) + 1;
 }
 
 struct lr_kv_shape lr_plan_kv_shape(const struct lr_model_dims *dims, enum lr_dtype dtype)
@@ -55,9 +50,10 @@ size_t lr_plan_state_bytes(const struct lr_model_dims *dims,
                            int n_workers)
 {
     int64_t summary = dims->n_kv_heads * dims->head_dim * dims->n_attention_layers;
-    size_t bytes = timeline_bytes(dims, ops) + lr_tensor_bytes(dims->n_attention_layers, block_bytes_of(dims, ops, options));
+    size_t bytes =
+        timeline_bytes(dims, ops) + lr_tensor_bytes(dims->n_attention_layers, block_bytes_of(dims, ops, options));
     if (options->top_k_blocks > 0)
-        bytes += lr_tensor_bytes(summary * ceil_div(options->max_tokens, BLOCK), sizeof(float));
+        bytes += lr_tensor_bytes(summary * lr_ceil_div(options->max_tokens, BLOCK), sizeof(float));
     if (options->decode_pages > 0)
         bytes += 2 * lr_tensor_bytes(summary * lr_plan_local_blocks(options, n_workers), sizeof(float));
     return bytes;
@@ -68,8 +64,10 @@ size_t lr_plan_fork_bytes(const struct lr_model_dims *dims,
                           const struct lr_session_options *options,
                           int n_workers)
 {
-    size_t kv = lr_tensor_bytes(dims->n_attention_layers * lr_plan_fork_blocks(options), block_bytes_of(dims, ops, options));
-    return (size_t)options->max_forks * timeline_bytes(dims, ops) + (size_t)ceil_div(options->max_forks, n_workers) * kv +
+    size_t kv =
+        lr_tensor_bytes(dims->n_attention_layers * lr_plan_fork_blocks(options), block_bytes_of(dims, ops, options));
+    return (size_t)options->max_forks * timeline_bytes(dims, ops) +
+           (size_t)lr_ceil_div(options->max_forks, n_workers) * kv +
            lr_tensor_bytes(lr_fork_step_rows(dims, options, n_workers) * dims->d, sizeof(float));
 }
 
@@ -85,7 +83,8 @@ static struct lr_step_bytes together(struct lr_step_bytes a, struct lr_step_byte
 }
 
 /* Logits of n_rows rows: the rows gathered and normed, and the host's copy. */
-static struct lr_step_bytes logits_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int64_t n_rows)
+static struct lr_step_bytes
+logits_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int64_t n_rows)
 {
     size_t logits = lr_tensor_bytes(n_rows * dims->vocab, sizeof(float));
     return (struct lr_step_bytes){.tensors = logits + lr_tensor_bytes(n_rows * dims->d, sizeof(float)) +
@@ -95,7 +94,8 @@ static struct lr_step_bytes logits_bytes(const struct lr_model_dims *dims, const
 }
 
 /* What lr_step_begin takes, and the arrays that describe the rows. */
-static struct lr_step_bytes begin_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int64_t n_rows)
+static struct lr_step_bytes
+begin_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int64_t n_rows)
 {
     return (struct lr_step_bytes){
         .tensors = 2 * lr_tensor_bytes(n_rows * (dims->rotary_dim / 2), sizeof(float)) +
@@ -113,7 +113,7 @@ struct lr_step_bytes lr_plan_step_bytes(const struct lr_model_dims *dims,
     enum { LOGITS_ROWS = 128 };
     int64_t segment = lr_min_i64(options->segment_tokens, options->max_tokens);
     struct lr_session_options clipped = *options;
-    clipped.segment_tokens = ceil_div(segment, BLOCK) * BLOCK;
+    clipped.segment_tokens = lr_ceil_div(segment, BLOCK) * BLOCK;
     int64_t fork_rows = lr_fork_step_rows(dims, options, n_workers);
     struct lr_step_bytes document = lr_ffn_bytes(dims, ops, n_workers, replicated, clipped.segment_tokens);
     struct lr_step_bytes forks = lr_ffn_bytes(dims, ops, n_workers, replicated, fork_rows);

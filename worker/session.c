@@ -9,11 +9,6 @@
 
 enum { BLOCK = LR_KV_BLOCK_TOKENS };
 
-static int64_t ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 /* ---- opening
  * ------------------------------------------------------------------------------------------------------
  */
@@ -128,7 +123,7 @@ static void carve(struct lr_session *session)
     session->tails = lr_arena_alloc(arena, layers * lr_tail_elements(dims), lr_act_bytes(engine->ops));
     session->edge_blocks = lr_arena_alloc(arena, (size_t)dims->n_attention_layers, session->block_bytes);
     if (o->top_k_blocks > 0)
-        session->block_means = lr_arena_alloc(arena, summary * (size_t)ceil_div(o->max_tokens, BLOCK), sizeof(float));
+        session->block_means = lr_arena_alloc(arena, summary * (size_t)lr_ceil_div(o->max_tokens, BLOCK), sizeof(float));
     if (o->decode_pages > 0) {
         session->page_min = lr_arena_alloc(arena, summary * (size_t)session->local_blocks, sizeof(float));
         session->page_max = lr_arena_alloc(arena, summary * (size_t)session->local_blocks, sizeof(float));
@@ -198,14 +193,14 @@ static enum lr_status run_wave(struct lr_session *session, struct lr_error *err)
                            .first = session->n_tokens,
                            .end = session->n_tokens + session->n_held,
                            .segment = session->options.segment_tokens};
-    wave.n_active = (int)ceil_div(session->n_held, wave.segment);
+    wave.n_active = (int)lr_ceil_div(session->n_held, wave.segment);
     LR_TRY(lr_prefill_wave(session, &wave, session->held, err));
     session->n_held = 0;
     if (session->hooks.on_wave) {
         struct lr_wave_report report = {.tokens_done = session->n_tokens,
                                         .tokens_total = session->options.max_tokens,
                                         .waves_done = wave.index + 1,
-                                        .waves_total = ceil_div(session->options.max_tokens, per_wave)};
+                                        .waves_total = lr_ceil_div(session->options.max_tokens, per_wave)};
         session->hooks.on_wave(session->hooks.wave_context, &report);
     }
     return LR_OK;

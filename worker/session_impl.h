@@ -150,6 +150,11 @@ static inline int lr_session_block_owner(const struct lr_session *session, int64
     return (int)(block / per_segment % session->engine->comm->size);
 }
 
+static inline int64_t lr_ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
 static inline int64_t lr_min_i64(int64_t a, int64_t b)
 {
     return a < b ? a : b;

@@ -19,11 +19,6 @@ struct lr_softmax {
     float *m, *l, *o;
 };
 
-static inline int64_t lr_ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 static inline int64_t lr_blocks_per_segment(const struct lr_session *session)
 {
     return session->options.segment_tokens / LR_BLOCK;
