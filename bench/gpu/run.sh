@@ -30,7 +30,7 @@ compile()
     build=build/gpu
     local objects=$build/objects c=(-std=gnu17 -D_GNU_SOURCE -O2 -I. -ffp-contract=off -fno-math-errno)
     local cuda=(-std=c++17 -O3 -gencode "arch=compute_90a,code=sm_90a" -lineinfo -I.)
-    local link=("$objects/liblr.a" -lcublasLt -lm)
+    local link=("$objects/liblr.a" -lm)
     mkdir -p "$objects" $build/tests/cuda $build/bin
     rm -f "$objects"/*
     local file name

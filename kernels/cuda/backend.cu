@@ -10,7 +10,6 @@
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/device.h"
 
-#include <cublasLt.h>
 #include <cuda_runtime.h>
 #include <sched.h>
 #include <stdlib.h>
@@ -30,7 +29,6 @@ struct backend {
     int device, n_multiprocessors;
     char name[256];
     cudaStream_t stream;
-    cublasLtHandle_t blas;
     char *pinned, *ring, *landing, *scratch;
     cudaEvent_t entered[N_PARTS]; /* recorded when the part was last entered */
     size_t filled;                /* bytes of the current part */
@@ -135,10 +133,6 @@ enum lr_status open_resources(struct backend *b, struct lr_error *err)
     for (int i = 0; i < N_PARTS; i++)
         CUDA_TRY(cudaEventCreateWithFlags(&b->entered[i], cudaEventDisableTiming), "make an event");
     CUDA_TRY(cudaEventRecord(b->entered[0], b->stream), "record an event");
-    const cublasStatus_t status = cublasLtCreate(&b->blas);
-    if (status != CUBLAS_STATUS_SUCCESS)
-        return lr_fail(err, LR_INTERNAL, "GPU %d: cuBLASLt does not start: %s", b->device,
-                       cublasLtGetStatusString(status));
     return LR_OK;
 }
 
@@ -149,8 +143,6 @@ void close_resources(struct backend *b)
 {
     if (b->unit != nullptr)
         cudaGraphExecDestroy(b->unit);
-    if (b->blas != nullptr)
-        cublasLtDestroy(b->blas);
     for (int i = 0; i < N_PARTS; i++)
         if (b->entered[i] != nullptr)
             cudaEventDestroy(b->entered[i]);
@@ -294,11 +286,6 @@ void *lr_cuda_landing(const struct lr_exec *exec)
 void *lr_cuda_scratch(const struct lr_exec *exec)
 {
     return of(exec)->scratch;
-}
-
-void *lr_cuda_blas(const struct lr_exec *exec)
-{
-    return of(exec)->blas;
 }
 
 int lr_cuda_multiprocessors(const struct lr_exec *exec)

@@ -31,9 +31,6 @@ void *lr_cuda_scratch(const struct lr_exec *exec);
  * memory.wait reports it. */
 void lr_cuda_note(const struct lr_exec *exec, int error, const char *slot);
 
-/* cublasLtHandle_t, made when the backend was opened. */
-void *lr_cuda_blas(const struct lr_exec *exec);
-
 /* The number of multiprocessors of the device. */
 int lr_cuda_multiprocessors(const struct lr_exec *exec);
 
