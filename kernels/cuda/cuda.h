@@ -13,7 +13,11 @@ int lr_cuda_device_count(void);
 
 /* Makes `device` the process's device, opens a stream, the ring, the scratch memory and the library handles, and fills
  * exec->stream and exec->backend. Blocks (a second or two for the driver). LR_UNSUPPORTED in a build without CUDA or on
- * a device older than sm_90, naming it; LR_NO_MEMORY with the numbers. */
+ * a device older than sm_80, naming it; LR_NO_MEMORY with the numbers.
+ *
+ * The environment's LR_CUDA_KERNELS says which of two sets of kernels the device takes: "auto" (the default), "hopper"
+ * (sm_90 alone; LR_UNSUPPORTED elsewhere) or "mma" (every device; slower on sm_90). LR_INVALID for another word. The
+ * bits of the two differ, so all the workers of a world should have the same. */
 LR_MUST_USE enum lr_status lr_kernels_cuda_open(int device,
                                                 const struct lr_kernel_ops **out,
                                                 struct lr_exec *exec,

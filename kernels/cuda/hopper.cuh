@@ -1,27 +1,14 @@
-/* The Hopper instructions that our kernels use, one inline function each: wgmma, mbarrier, cp.async, ldmatrix, fences.
- * Tiles in shared memory are blocks of 64 columns of bf16 (rows of 128 bytes) in the 128-byte swizzle that wgmma reads:
- * the 16-byte piece p of row r lies at piece p ^ (r mod 8). A block starts on a multiple of 1024 bytes.
+/* The Hopper instructions that our kernels use, one inline function each: wgmma, mbarrier, stmatrix, fences; with what
+ * every device has (mma.cuh). wgmma reads tiles in the swizzle of mma.cuh whose blocks start on a multiple of 1024 bytes.
  *
- * Device code only. wgmma needs sm_90a. */
+ * Device code only, for files that are compiled for sm_90a alone: LR_CUDA_HOPPER in kernels/CMakeLists.txt. */
 #ifndef LR_KERNELS_CUDA_HOPPER_CUH
 #define LR_KERNELS_CUDA_HOPPER_CUH
 
-#include <cuda_bf16.h>
-#include <stdint.h>
+#include "kernels/cuda/mma.cuh"
 
 namespace lr
 {
-
-static __device__ __forceinline__ uint32_t shared_address(const void *pointer)
-{
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-/* Byte offset of the 16-byte piece `piece` (0..7) of row `row` in a swizzled block. */
-static __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t piece)
-{
-    return row * 128u + ((piece ^ (row & 7u)) << 4);
-}
 
 /* ---- mbarrier ----------------------------------------------------------------------------------------------------- */
 
@@ -67,31 +54,7 @@ static __device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t 
 #endif
 }
 
-/* A barrier among `n_threads` threads; id 0 is __syncthreads. */
-static __device__ __forceinline__ void named_barrier(uint32_t id, uint32_t n_threads)
-{
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
-}
-
-/* ---- copies and fences -------------------------------------------------------------------------------------------- */
-
-/* 16 bytes from global to shared memory; zeros where `valid` is false (nothing is read then). */
-static __device__ __forceinline__ void copy_async(uint32_t shared, const void *global, bool valid)
-{
-    const int n_bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(n_bytes)
-                 : "memory");
-}
-
-static __device__ __forceinline__ void copy_commit()
-{
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <int N> static __device__ __forceinline__ void copy_wait()
-{
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
+/* ---- fences and registers ---------------------------------------------------------------------------------------- */
 
 /* Makes this thread's ordinary writes to shared memory visible to wgmma. */
 static __device__ __forceinline__ void fence_to_wgmma()
@@ -109,47 +72,12 @@ template <int N> static __device__ __forceinline__ void registers_shrink()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-/* ---- small matrices ----------------------------------------------------------------------------------------------- */
-
-/* Four 8x8 blocks of bf16, transposed: lane l gives the address of row l mod 8 of block l / 8. */
-static __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t shared)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared)
-                 : "memory");
-}
-
+/* Four 8x8 blocks of 16-bit numbers, transposed: lane l gives the address of row l mod 8 of block l / 8. */
 static __device__ __forceinline__ void store_transposed(uint32_t shared, const uint32_t (&r)[4])
 {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(r[0]),
                  "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
-}
-
-/* Two floats as bf16, `low` in the lower half. */
-static __device__ __forceinline__ uint32_t pack_bf16(float low, float high)
-{
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-
-static __device__ __forceinline__ float low_of(uint32_t packed)
-{
-    return __uint_as_float(packed << 16);
-}
-
-static __device__ __forceinline__ float high_of(uint32_t packed)
-{
-    return __uint_as_float(packed & 0xffff0000u);
-}
-
-static __device__ __forceinline__ float exp2_fast(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 /* ---- wgmma -------------------------------------------------------------------------------------------------------- */

@@ -11,7 +11,7 @@
 #ifndef LR_KERNELS_CUDA_ROWS_CUH
 #define LR_KERNELS_CUDA_ROWS_CUH
 
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/mma.cuh"
 #include "kernels/ops.h"
 
 #include <cuda_runtime.h>
