@@ -86,6 +86,14 @@ static __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_
                  : "memory");
 }
 
+/* An 8x8 block of 16-bit numbers, held as load_matrix gives it, transposed. */
+static __device__ __forceinline__ uint32_t transpose_matrix(uint32_t r)
+{
+    uint32_t transposed;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(r));
+    return transposed;
+}
+
 /* d [16 x 8] += a [16 x 16] b [16 x 8] in float32. */
 static __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 {

@@ -146,6 +146,7 @@ static struct result run(const struct launch *l)
         .n_rows = l->n_rows,
         .offsets = l->offsets ? check_device_copy(l->offsets, (size_t)(l->n_sequences + 1) * sizeof(int64_t)) : NULL,
         .n_sequences = l->n_sequences,
+        .hopper = lr_cuda_hopper_kernels(&check.exec),
         .work = r.work};
     lr_cuda_note(&check.exec, lr_recurrence_prepare(check.exec.stream, &r.args), "prepare");
     lr_cuda_note(&check.exec,
