@@ -2,20 +2,40 @@
  * row's bits are the same in all of them. */
 #include "kernels/cuda/attention_portable.cuh"
 
+namespace lr::portable
+{
+
+/* Many rows, and few. Within 99 KiB of shared memory, sm_86's most; two blocks of them on an A100. */
+using many_64 = tile_shape<64, 2, 4, 4, 2>;
+using many_128 = tile_shape<128, 2, 4, 3, 2>;
+using few_64 = tile_shape<64, 1, 4, 4, 3>;
+using few_128 = tile_shape<128, 1, 4, 4, 3>;
+using any_256 = tile_shape<256, 1, 4, 2, 2>;
+
+template <class many, class few>
+static cudaError_t launch_either(const lr_cuda_fold &fold, int64_t tile_rows, cudaStream_t stream)
+{
+    return tile_rows <= few::ROWS ? launch<few>(fold, stream) : launch<many>(fold, stream);
+}
+
+} // namespace lr::portable
+
+using namespace lr::portable;
+
 void lr_cuda_fold_rows_portable(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot)
 {
-    const bool small = fold->max_tokens * (fold->shape.n_heads / fold->shape.n_kv_heads) <= 64;
+    const int64_t tile_rows = fold->max_tokens * (fold->shape.n_heads / fold->shape.n_kv_heads);
     cudaStream_t stream = static_cast<cudaStream_t>(exec->stream);
     cudaError_t error = cudaErrorInvalidValue;
     switch (lr_cuda_padded_head_dim(fold->shape.head_dim)) {
     case 64:
-        error = small ? lr::portable::launch<64, 1>(*fold, stream) : lr::portable::launch<64, 2>(*fold, stream);
+        error = launch_either<many_64, few_64>(*fold, tile_rows, stream);
         break;
     case 128:
-        error = small ? lr::portable::launch<128, 1>(*fold, stream) : lr::portable::launch<128, 2>(*fold, stream);
+        error = launch_either<many_128, few_128>(*fold, tile_rows, stream);
         break;
     case 256:
-        error = lr::portable::launch<256, 1>(*fold, stream);
+        error = launch<any_256>(*fold, stream);
         break;
     }
     lr_cuda_note(exec, error, slot);

@@ -1,4 +1,4 @@
-/* Attention over KV blocks with mma.sync, for every device since sm_80. A thread block is one tile: four warps of 16 M
+/* Attention over KV blocks with mma.sync, for every device since sm_80. A thread block is one tile: warps of 16 or 32
  * rows each, which run S = Q K^T -> softmax -> O += P V  on 64 keys a step (Dao 2023, FlashAttention-2).
  *
  *   ring of halves    | K 0 | V 0 | K 1 |         the oldest is being used, the others are on their way
@@ -19,21 +19,19 @@ namespace lr::portable
 constexpr int KEYS = BLOCK / 2;   /* of a step */
 constexpr int QUEUE_STEPS = 32;   /* the lanes of a warp */
 constexpr int ROW_BYTES = 128;    /* of a panel */
-constexpr int TILE_THREADS = 128; /* four warps */
 
-/* D channels, M times 16 rows a warp. Two blocks share a multiprocessor of an A100 or H100; sm_86 takes one. */
-template <int D, int M> struct tile_shape {
+/* D channels; WARPS warps of M times 16 rows; a ring of RING halves; BLOCKS thread blocks on a multiprocessor. */
+template <int D_, int M_, int WARPS, int RING_, int BLOCKS_> struct tile_shape {
+    static constexpr int D = D_, M = M_, RING = RING_, BLOCKS = BLOCKS_;
+    static constexpr int THREADS = 32 * WARPS;
+    static constexpr int ROWS = 16 * M * WARPS;
     static constexpr int PANELS = D / 64;
-    static constexpr int ROWS = 64 * M;
     static constexpr int PANEL_BYTES = KEYS * ROW_BYTES;
     static constexpr int HALF_BYTES = KEYS * D * 2; /* K or V of a step */
-    static constexpr int RING = D == 256 ? 2 : D == 128 && M == 2 ? 3 : 4;
-    static constexpr int BLOCKS_EACH = M == 1 && D < 256 ? 3 : 2; /* thread blocks on a multiprocessor */
 };
 
-template <int D, int M> struct tile_shared {
-    using shape = tile_shape<D, M>;
-    alignas(128) uint8_t q[shape::ROWS * D * 2];
+template <class shape> struct tile_shared {
+    alignas(128) uint8_t q[shape::ROWS * shape::D * 2];
     uint8_t ring[shape::RING][shape::HALF_BYTES];
     const uint8_t *data[QUEUE_STEPS]; /* K of the step's keys in the block's first panel */
     step_note notes[QUEUE_STEPS];
@@ -43,18 +41,18 @@ template <int D, int M> struct tile_shared {
 };
 
 /* The state of a warp's rows. */
-template <int D, int M> struct tile_state {
-    float o[M][D / 2];
-    float m[M][2], l[M][2];
+template <class shape> struct tile_state {
+    float o[shape::M][shape::D / 2];
+    float m[shape::M][2], l[shape::M][2];
 };
 
 /* The next steps of the list that some row of the tile sees, if there are any. One warp. */
-template <int D, int M> static __device__ __forceinline__ void fill_queue(tile_shared<D, M> &s)
+template <class shape> static __device__ __forceinline__ void fill_queue(tile_shared<shape> &s)
 {
     constexpr int REFS = QUEUE_STEPS / 2;
     const walk &w = s.list;
     const int lane = threadIdx.x % 32, first = lane % 2 * KEYS;
-    const int64_t head_offset = static_cast<int64_t>(s.place.kv_head) * 4 * BLOCK * D;
+    const int64_t head_offset = static_cast<int64_t>(s.place.kv_head) * 4 * BLOCK * shape::D;
     int next = s.next_ref;
     uint32_t wanted = 0;
     while (next < w.n_refs && wanted == 0) {
@@ -86,32 +84,30 @@ template <int D, int M> static __device__ __forceinline__ void fill_queue(tile_s
 
 /* Half `half` of the queue (K of step half / 2, or its V) into a place of the ring, or nothing behind the last; one
  * group of copies. */
-template <int D, int M>
-static __device__ __forceinline__ void copy_half(const tile_shared<D, M> &s, uint32_t to, int half, int n_halves)
+template <class shape>
+static __device__ __forceinline__ void copy_half(const tile_shared<shape> &s, uint32_t to, int half, int n_halves)
 {
-    using shape = tile_shape<D, M>;
-    constexpr int PIECES = shape::PANEL_BYTES / 16 / TILE_THREADS;
+    constexpr int PIECES = shape::PANEL_BYTES / 16 / shape::THREADS;
     if (half < n_halves) {
         const uint8_t *from = s.data[half / 2] + (half % 2 ? shape::PANELS * BLOCK * ROW_BYTES : 0) + threadIdx.x * 16;
 #pragma unroll
         for (int p = 0; p < shape::PANELS; p++)
 #pragma unroll
             for (int i = 0; i < PIECES; i++)
-                copy_async(to + p * shape::PANEL_BYTES + (i * TILE_THREADS + threadIdx.x) * 16,
-                           from + p * BLOCK * ROW_BYTES + i * TILE_THREADS * 16, true);
+                copy_async(to + p * shape::PANEL_BYTES + (i * shape::THREADS + threadIdx.x) * 16,
+                           from + p * BLOCK * ROW_BYTES + i * shape::THREADS * 16, true);
     }
     copy_commit();
 }
 
 /* The tile's query rows, swizzled; rows and channels that do not exist are zero. The first half's group of copies
  * takes them along. */
-template <int D, int M> static __device__ __forceinline__ void copy_queries(const lr_cuda_fold &a, tile_shared<D, M> &s)
+template <class shape> static __device__ __forceinline__ void copy_queries(const lr_cuda_fold &a, tile_shared<shape> &s)
 {
-    using shape = tile_shape<D, M>;
-    constexpr int PIECES = D / 8;
+    constexpr int PIECES = shape::D / 8;
     const int group = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
     const __nv_bfloat16 *source = static_cast<const __nv_bfloat16 *>(a.q);
-    for (int i = threadIdx.x; i < shape::ROWS * PIECES; i += TILE_THREADS) {
+    for (int i = threadIdx.x; i < shape::ROWS * PIECES; i += shape::THREADS) {
         const int row = i / PIECES, piece = i % PIECES;
         const row_place p = place_row(a, s.place, group, row);
         const bool there = p.position >= 0 && piece * 8 < a.shape.head_dim;
@@ -122,27 +118,26 @@ template <int D, int M> static __device__ __forceinline__ void copy_queries(cons
 
 /* S = Q K^T. q, k: the lane's row of the first 16 x 16 block, at its piece (see the swizzle): the piece of the next 16
  * channels of a panel differs in two bits of the address. */
-template <int D, int M>
-static __device__ __forceinline__ void multiply_qk(float (&score)[M][KEYS / 2], uint32_t q, uint32_t k)
+template <class shape>
+static __device__ __forceinline__ void multiply_qk(float (&score)[shape::M][KEYS / 2], uint32_t q, uint32_t k)
 {
-    using shape = tile_shape<D, M>;
 #pragma unroll
-    for (int i = 0; i < M; i++)
+    for (int i = 0; i < shape::M; i++)
 #pragma unroll
         for (int j = 0; j < KEYS / 2; j++)
             score[i][j] = 0.0f;
 #pragma unroll
-    for (int step = 0; step < D / 16; step++) {
-        uint32_t rows[M][4];
+    for (int step = 0; step < shape::D / 16; step++) {
+        uint32_t rows[shape::M][4];
 #pragma unroll
-        for (int i = 0; i < M; i++)
+        for (int i = 0; i < shape::M; i++)
             load_matrix(rows[i], (q ^ step % 4 * 32) + step / 4 * (shape::ROWS * ROW_BYTES) + i * 16 * ROW_BYTES);
 #pragma unroll
         for (int j = 0; j < KEYS / 16; j++) {
             uint32_t keys[4];
             load_matrix(keys, (k ^ step % 4 * 32) + step / 4 * shape::PANEL_BYTES + j * 16 * ROW_BYTES);
 #pragma unroll
-            for (int i = 0; i < M; i++) {
+            for (int i = 0; i < shape::M; i++) {
                 mma_16x8x16(reinterpret_cast<float(&)[4]>(score[i][8 * j]), rows[i], keys[0], keys[1]);
                 mma_16x8x16(reinterpret_cast<float(&)[4]>(score[i][8 * j + 4]), rows[i], keys[2], keys[3]);
             }
@@ -151,19 +146,18 @@ static __device__ __forceinline__ void multiply_qk(float (&score)[M][KEYS / 2], 
 }
 
 /* O += P V. v: the lane's row of the first 16 x 16 block, read transposed. */
-template <int D, int M>
+template <class shape>
 static __device__ __forceinline__ void
-multiply_pv(float (&o)[M][D / 2], const uint32_t (&weights)[M][KEYS / 16][4], uint32_t v)
+multiply_pv(float (&o)[shape::M][shape::D / 2], const uint32_t (&weights)[shape::M][KEYS / 16][4], uint32_t v)
 {
-    using shape = tile_shape<D, M>;
 #pragma unroll
     for (int step = 0; step < KEYS / 16; step++)
 #pragma unroll
-        for (int j = 0; j < D / 16; j++) {
+        for (int j = 0; j < shape::D / 16; j++) {
             uint32_t values[4];
             load_transposed(values, (v ^ j % 4 * 32) + j / 4 * shape::PANEL_BYTES + step * 16 * ROW_BYTES);
 #pragma unroll
-            for (int i = 0; i < M; i++) {
+            for (int i = 0; i < shape::M; i++) {
                 mma_16x8x16(reinterpret_cast<float(&)[4]>(o[i][8 * j]), weights[i][step], values[0], values[1]);
                 mma_16x8x16(reinterpret_cast<float(&)[4]>(o[i][8 * j + 4]), weights[i][step], values[2], values[3]);
             }
@@ -239,26 +233,26 @@ fold_scores(float (&score)[KEYS / 2], float (&m)[2], float (&l)[2], float (&o)[D
 }
 
 /* Scores to rounded weights, of all the warp's rows. */
-template <int D, int M>
+template <class shape>
 static __device__ __forceinline__ void fold_step(const lr_cuda_fold &a,
-                                                 const tile_shared<D, M> &s,
+                                                 const tile_shared<shape> &s,
                                                  const step_note &note,
-                                                 float (&score)[M][KEYS / 2],
-                                                 tile_state<D, M> &t,
-                                                 uint32_t (&weights)[M][KEYS / 16][4])
+                                                 float (&score)[shape::M][KEYS / 2],
+                                                 tile_state<shape> &t,
+                                                 uint32_t (&weights)[shape::M][KEYS / 16][4])
 {
     const int lane = threadIdx.x % 32, column = 2 * (lane % 4);
     const float scale2 = a.scale * LOG2E;
 #pragma unroll
-    for (int i = 0; i < M; i++) {
+    for (int i = 0; i < shape::M; i++) {
         if (!(note.flags & STEP_FULL)) {
             const int group = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
-            const int row = (threadIdx.x / 32 * M + i) * 16 + lane / 4;
+            const int row = (threadIdx.x / 32 * shape::M + i) * 16 + lane / 4;
             const int64_t positions[2] = {place_row(a, s.place, group, row).position,
                                           place_row(a, s.place, group, row + 8).position};
             mask_scores(score[i], a, note, positions, column);
         }
-        fold_scores<D>(score[i], t.m[i], t.l[i], t.o[i], scale2);
+        fold_scores<shape::D>(score[i], t.m[i], t.l[i], t.o[i], scale2);
 #pragma unroll
         for (int j = 0; j < KEYS / 4; j++)
             weights[i][j / 4][j % 4] = pack_bf16(score[i][2 * j], score[i][2 * j + 1]);
@@ -266,14 +260,13 @@ static __device__ __forceinline__ void fold_step(const lr_cuda_fold &a,
 }
 
 /* The queue's steps, one after the other. */
-template <int D, int M>
-static __device__ __forceinline__ void fold_queue(const lr_cuda_fold &a, tile_shared<D, M> &s, tile_state<D, M> &t)
+template <class shape>
+static __device__ __forceinline__ void fold_queue(const lr_cuda_fold &a, tile_shared<shape> &s, tile_state<shape> &t)
 {
-    using shape = tile_shape<D, M>;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t ring = shared_address(s.ring), ring_end = ring + shape::RING * shape::HALF_BYTES;
     /* of Q and of V transposed lane l reads row l mod 16, piece l / 16; of K row l mod 8 + 8 (l / 16), piece l / 8 mod 2 */
-    const uint32_t q = shared_address(s.q) + warp * M * 16 * ROW_BYTES + swizzled(lane % 16, lane / 16);
+    const uint32_t q = shared_address(s.q) + warp * shape::M * 16 * ROW_BYTES + swizzled(lane % 16, lane / 16);
     const uint32_t k = swizzled(lane % 8 + lane / 16 * 8, lane / 8 % 2), v = swizzled(lane % 16, lane / 16);
     const int n_steps = s.n_steps;
     uint32_t used = ring, filled = ring;
@@ -290,23 +283,22 @@ static __device__ __forceinline__ void fold_queue(const lr_cuda_fold &a, tile_sh
     for (int half = 0; half < shape::RING - 1; half++, filled += shape::HALF_BYTES)
         copy_half(s, filled, half, 2 * n_steps);
     for (int step = 0; step < n_steps; step++) {
-        float score[M][KEYS / 2];
-        uint32_t weights[M][KEYS / 16][4];
-        multiply_qk<D, M>(score, q, next_half(2 * step) + k);
+        float score[shape::M][KEYS / 2];
+        uint32_t weights[shape::M][KEYS / 16][4];
+        multiply_qk<shape>(score, q, next_half(2 * step) + k);
         const uint32_t values = next_half(2 * step + 1) + v;
         fold_step(a, s, s.notes[step], score, t, weights);
-        multiply_pv<D, M>(t.o, weights, values);
+        multiply_pv<shape>(t.o, weights, values);
     }
 }
 
 /* Tile blockIdx.x of the launch. */
-template <int D, int M>
-__global__ void __launch_bounds__(TILE_THREADS, (tile_shape<D, M>::BLOCKS_EACH))
+template <class shape>
+__global__ void __launch_bounds__(shape::THREADS, shape::BLOCKS)
     attention_kernel(const __grid_constant__ lr_cuda_fold a, int n_tiles)
 {
-    using shape = tile_shape<D, M>;
     extern __shared__ __align__(128) uint8_t raw[];
-    tile_shared<D, M> &s = *reinterpret_cast<tile_shared<D, M> *>(raw);
+    tile_shared<shape> &s = *reinterpret_cast<tile_shared<shape> *>(raw);
     const int group = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = 2 * (lane % 4);
     tile place;
@@ -319,11 +311,11 @@ __global__ void __launch_bounds__(TILE_THREADS, (tile_shape<D, M>::BLOCKS_EACH))
     }
     __syncthreads();
     copy_queries(a, s);
-    tile_state<D, M> t;
+    tile_state<shape> t;
 #pragma unroll
-    for (int i = 0; i < 2 * M; i++)
-        load_row<D>(a, t.o[i / 2], t.m[i / 2][i % 2], t.l[i / 2][i % 2],
-                    place_row(a, s.place, group, (warp * M + i / 2) * 16 + i % 2 * 8 + lane / 4), s.place.rows.slot,
+    for (int i = 0; i < 2 * shape::M; i++)
+        load_row<shape::D>(a, t.o[i / 2], t.m[i / 2][i % 2], t.l[i / 2][i % 2],
+                    place_row(a, s.place, group, (warp * shape::M + i / 2) * 16 + i % 2 * 8 + lane / 4), s.place.rows.slot,
                     i % 2, column);
     while (true) {
         if (warp == 0)
@@ -335,25 +327,24 @@ __global__ void __launch_bounds__(TILE_THREADS, (tile_shape<D, M>::BLOCKS_EACH))
         __syncthreads();
     }
 #pragma unroll
-    for (int i = 0; i < 2 * M; i++)
-        store_row<D>(a, t.o[i / 2], t.m[i / 2][i % 2], t.l[i / 2][i % 2],
-                     place_row(a, s.place, group, (warp * M + i / 2) * 16 + i % 2 * 8 + lane / 4), s.place.rows.slot,
+    for (int i = 0; i < 2 * shape::M; i++)
+        store_row<shape::D>(a, t.o[i / 2], t.m[i / 2][i % 2], t.l[i / 2][i % 2],
+                     place_row(a, s.place, group, (warp * shape::M + i / 2) * 16 + i % 2 * 8 + lane / 4), s.place.rows.slot,
                      i % 2, column);
 }
 
-template <int D, int M> static cudaError_t launch(const lr_cuda_fold &fold, cudaStream_t stream)
+template <class shape> static cudaError_t launch(const lr_cuda_fold &fold, cudaStream_t stream)
 {
-    using shape = tile_shape<D, M>;
-    const int bytes = sizeof(tile_shared<D, M>);
+    const int bytes = sizeof(tile_shared<shape>);
     const int64_t group = fold.shape.n_heads / fold.shape.n_kv_heads;
     const int64_t n_tiles = (fold.max_tokens * group + shape::ROWS - 1) / shape::ROWS;
     const int64_t n_work = n_tiles * fold.shape.n_kv_heads * fold.n_groups;
     const cudaError_t error =
-        cudaFuncSetAttribute(attention_kernel<D, M>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        cudaFuncSetAttribute(attention_kernel<shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess)
         return error;
-    attention_kernel<D, M>
-        <<<static_cast<unsigned>(n_work), TILE_THREADS, bytes, stream>>>(fold, static_cast<int>(n_tiles));
+    attention_kernel<shape>
+        <<<static_cast<unsigned>(n_work), shape::THREADS, bytes, stream>>>(fold, static_cast<int>(n_tiles));
     return cudaGetLastError();
 }
 
