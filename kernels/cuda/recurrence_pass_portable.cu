@@ -378,18 +378,25 @@ static __global__ void __launch_bounds__(PASS_THREADS, 2) pass_kernel(const recu
     __shared__ struct chunk_decays decays[2];
     const struct pass_place place = place_of(p, OUTPUT);
     const int lane = threadIdx.x % 32;
-    const bool sums = threadIdx.x < 32; /* the first warp sums the decays, a chunk ahead */
+    const bool sums = threadIdx.x / 32 == 3; /* the warp with the least of P to make sums the decays, a chunk ahead */
     const int row = place.block % place.n_value_blocks * 64 + threadIdx.x / 32 * 16 + lane / 4;
     const int column = 2 * (lane % 4);
     if (place.n_chunks == 0) {
         return;
     }
     float total = 0.0f;
-    auto sum_chunk = [&](int chunk) {
+    float gates[2] = {0.0f, 0.0f}; /* of the next chunk to sum: on their way meanwhile */
+    auto fetch_gates = [&](int chunk) {
         const int64_t token = place.span.first + static_cast<int64_t>(chunk) * CHUNK + 2 * lane;
+        gates[0] = gate_at(p, token, place.span.end, place.head);
+        gates[1] = gate_at(p, token + 1, place.span.end, place.head);
+    };
+    auto sum_chunk = [&](int chunk) {
         if (sums && chunk < place.n_chunks) {
-            total += sum_decays(&decays[chunk % 2], log2_decay(gate_at(p, token, place.span.end, place.head)),
-                                log2_decay(gate_at(p, token + 1, place.span.end, place.head)), 1.0f, lane);
+            const float first = log2_decay(gates[0]);
+            const float second = log2_decay(gates[1]);
+            fetch_gates(chunk + 1);
+            total += sum_decays(&decays[chunk % 2], first, second, 1.0f, lane);
         }
     };
     auto copy = [&](int chunk) {
@@ -397,6 +404,7 @@ static __global__ void __launch_bounds__(PASS_THREADS, 2) pass_kernel(const recu
         copy_chunk<DK, DELTA, OUTPUT>(p, place, stage, chunk);
     };
     copy(0);
+    fetch_gates(0);
     sum_chunk(0);
     float state[DK / 2];
     start_state<DK, OUTPUT>(state, p, place, row, column);
@@ -417,7 +425,7 @@ static __global__ void __launch_bounds__(PASS_THREADS, 2) pass_kernel(const recu
     if (!OUTPUT) {
         store_state<DK>(p, place, state, row, column);
     }
-    if (!DELTA && !OUTPUT && place.block == 0 && threadIdx.x == 0) {
+    if (!DELTA && !OUTPUT && place.block == 0 && sums && lane == 0) {
         p.m[place.slot_head] = total;
     }
 }
