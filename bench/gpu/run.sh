@@ -74,6 +74,7 @@ everything()
     if [[ $steps == *tests* ]]; then
         for program in "$build"/tests/cuda/test_*; do
             run 60 "$(basename "$program")" "$program"
+            run 60 "$(basename "$program"), portable kernels" env LR_CUDA_KERNELS=mma "$program"
         done
     fi
     if [[ $steps == *sanitizer* ]]; then

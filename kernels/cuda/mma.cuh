@@ -47,12 +47,17 @@ static __device__ __forceinline__ void named_barrier(uint32_t id, uint32_t n_thr
 
 /* ---- copies to shared memory -------------------------------------------------------------------------------------- */
 
-/* 16 bytes from global to shared memory; zeros where `valid` is false (nothing is read then). */
-static __device__ __forceinline__ void copy_async(uint32_t shared, const void *global, bool valid)
+/* 16 bytes from global to shared memory, of which the first n_bytes are read and the others are zero. */
+static __device__ __forceinline__ void copy_async_part(uint32_t shared, const void *global, int n_bytes)
 {
-    const int n_bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(n_bytes)
                  : "memory");
+}
+
+/* 16 bytes; zeros where `valid` is false (nothing is read then). */
+static __device__ __forceinline__ void copy_async(uint32_t shared, const void *global, bool valid)
+{
+    copy_async_part(shared, global, valid ? 16 : 0);
 }
 
 static __device__ __forceinline__ void copy_commit()
