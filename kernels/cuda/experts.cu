@@ -9,7 +9,7 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/gemm.h"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 /* Bytes between the weights of two experts. */
@@ -32,10 +32,10 @@ static matrix_view rows_view(const void *rows, int64_t n_rows, int64_t n)
 static cudaError_t experts_plain(cudaStream_t stream, const struct lr_experts_args &args)
 {
     plain_params p = {};
-    p.a = static_cast<const __nv_bfloat16 *>(args.x);
+    p.a = static_cast<const act *>(args.x);
     p.a_stride = p.k = args.gate->k;
-    p.w = static_cast<const __nv_bfloat16 *>(args.gate->data);
-    p.up = static_cast<const __nv_bfloat16 *>(args.up->data);
+    p.w = static_cast<const act *>(args.gate->data);
+    p.up = static_cast<const act *>(args.up->data);
     p.w_stride = weight_stride(p.k);
     p.batch_elements = distance(args.gate, args.n_experts) / 2;
     p.offsets = args.offsets;
@@ -47,9 +47,9 @@ static cudaError_t experts_plain(cudaStream_t stream, const struct lr_experts_ar
     const cudaError_t error = launch_plain_product(stream, p);
     if (error != cudaSuccess)
         return error;
-    p.a = static_cast<const __nv_bfloat16 *>(args.hidden);
+    p.a = static_cast<const act *>(args.hidden);
     p.a_stride = p.k = args.down->k;
-    p.w = static_cast<const __nv_bfloat16 *>(args.down->data);
+    p.w = static_cast<const act *>(args.down->data);
     p.up = nullptr;
     p.w_stride = weight_stride(p.k);
     p.batch_elements = distance(args.down, args.n_experts) / 2;
@@ -98,9 +98,9 @@ static cudaError_t experts(const struct lr_exec *exec, const struct lr_experts_a
     return error == cudaSuccess ? down(exec, args) : error;
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_experts(const struct lr_exec *exec, const struct lr_experts_args *args)
+void LR_CUDA(experts)(const struct lr_exec *exec, const struct lr_experts_args *args)
 {
     if (args->n_rows > 0)
         lr_cuda_note(exec, lr::experts(exec, *args), "experts");

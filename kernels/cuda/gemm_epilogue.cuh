@@ -14,7 +14,7 @@
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/mma.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 static __device__ __forceinline__ float reciprocal(float x)
@@ -109,7 +109,7 @@ static __device__ __forceinline__ void store_pieces(const product_output &o, con
 {
     static_assert(N % 32 == 0, "whole quads of pieces");
     const int lane = threadIdx.x % 32, own_row = lane / 4, column = first_column + 8 * (lane % 4);
-    __nv_bfloat16 *y = static_cast<__nv_bfloat16 *>(o.y) + (row + own_row) * o.y_stride + column;
+    act *y = static_cast<act *>(o.y) + (row + own_row) * o.y_stride + column;
     const int n_columns = o.n_columns - column;
 #pragma unroll
     for (int block = 0; block < N / 32; block++)
@@ -118,7 +118,7 @@ static __device__ __forceinline__ void store_pieces(const product_output &o, con
             uint32_t w[4];
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                w[j] = pack_bf16(sum[4 * (4 * block + j) + 2 * h], sum[4 * (4 * block + j) + 2 * h + 1]);
+                w[j] = pack_act(sum[4 * (4 * block + j) + 2 * h], sum[4 * (4 * block + j) + 2 * h + 1]);
             quad_transpose(w, lane);
             if (own_row + 8 * h < n_rows && 32 * block < n_columns)
                 *reinterpret_cast<uint4 *>(y + 8 * h * o.y_stride + 32 * block) = make_uint4(w[0], w[1], w[2], w[3]);
@@ -174,8 +174,8 @@ static __device__ __forceinline__ void store_elements(const product_output &o, c
             float *y = static_cast<float *>(o.y) + at;
             *y = o.accumulate ? *y + sum[i] : sum[i];
         } else {
-            __nv_bfloat16 *y = static_cast<__nv_bfloat16 *>(o.y) + at;
-            *y = __float2bfloat16_rn(o.accumulate ? __bfloat162float(*y) + sum[i] : sum[i]);
+            act *y = static_cast<act *>(o.y) + at;
+            *y = to_act(o.accumulate ? from_act(*y) + sum[i] : sum[i]);
         }
     }
 }
@@ -210,6 +210,6 @@ static __device__ __forceinline__ void prefetch_rows(const product_output &o, in
     }
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

@@ -16,7 +16,7 @@
 #include "kernels/cuda/gemm_tiles.cuh"
 #include "kernels/cuda/mma.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int TILE_K = 32; /* columns of a stage */
@@ -273,4 +273,4 @@ cudaError_t launch_product_mma(const struct lr_exec *exec, const product &p)
     return cudaErrorInvalidValue;
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT

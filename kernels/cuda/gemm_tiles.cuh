@@ -8,7 +8,7 @@
 
 #include "kernels/cuda/gemm.h"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int GROUP = 16; /* row tiles that walk the columns together, so that both operands stay in L2 */
@@ -76,6 +76,6 @@ static __device__ __forceinline__ void count_tiles(const product_rows &p, int32_
         before[0] = 0;
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

@@ -17,7 +17,7 @@
 #include "kernels/cuda/gemm_wgmma.cuh"
 #include "kernels/cuda/tma.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int TILE_K = 64; /* columns of a stage: one swizzled block */
@@ -172,8 +172,8 @@ static __device__ __forceinline__ void store_boxes(const product_params &p, cons
         for (int i = 0; i < WIDTH / 16; i++) {
             const float *x = &sum[4 * (first / 8 + 2 * i)];
             const uint32_t at = staging + i / 4 * (64 * 128) + swizzled(own_row, i % 4 * 2 + lane / 16);
-            store_blocks(at, pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
-                         pack_bf16(x[6], x[7]));
+            store_blocks(at, pack_act(x[0], x[1]), pack_act(x[2], x[3]), pack_act(x[4], x[5]),
+                         pack_act(x[6], x[7]));
         }
         fence_to_wgmma(); /* and to the copy engine */
         named_barrier(barrier, 128);
@@ -319,4 +319,4 @@ cudaError_t launch_product_wgmma(const struct lr_exec *exec, const product &p)
     return cudaErrorInvalidValue;
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
