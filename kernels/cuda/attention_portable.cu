@@ -2,7 +2,7 @@
  * row's bits are the same in all of them. */
 #include "kernels/cuda/attention_portable.cuh"
 
-namespace lr::portable
+namespace lr::LR_CUDA_ACT::portable
 {
 
 /* Many rows, and few. Within 99 KiB of shared memory, sm_86's most; two blocks of them on an A100. */
@@ -18,16 +18,16 @@ static cudaError_t launch_either(const lr_cuda_fold &fold, int64_t tile_rows, cu
     return tile_rows <= few::ROWS ? launch<few>(fold, stream) : launch<many>(fold, stream);
 }
 
-} // namespace lr::portable
+} // namespace lr::LR_CUDA_ACT::portable
 
 using namespace lr::portable;
 
-void lr_cuda_fold_rows_portable(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot)
+void LR_CUDA(fold_rows_portable)(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot)
 {
     const int64_t tile_rows = fold->max_tokens * (fold->shape.n_heads / fold->shape.n_kv_heads);
     cudaStream_t stream = static_cast<cudaStream_t>(exec->stream);
     cudaError_t error = cudaErrorInvalidValue;
-    switch (lr_cuda_padded_head_dim(fold->shape.head_dim)) {
+    switch (LR_CUDA(padded_head_dim)(fold->shape.head_dim)) {
     case 64:
         error = launch_either<many_64, few_64>(*fold, tile_rows, stream);
         break;

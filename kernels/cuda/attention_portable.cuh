@@ -13,7 +13,7 @@
 
 #include "kernels/cuda/attention_rows.cuh"
 
-namespace lr::portable
+namespace lr::LR_CUDA_ACT::portable
 {
 
 constexpr int KEYS = BLOCK / 2;   /* of a step */
@@ -106,12 +106,12 @@ template <class shape> static __device__ __forceinline__ void copy_queries(const
 {
     constexpr int PIECES = shape::D / 8;
     const int group = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
-    const __nv_bfloat16 *source = static_cast<const __nv_bfloat16 *>(a.q);
+    const act *source = static_cast<const act *>(a.q);
     for (int i = threadIdx.x; i < shape::ROWS * PIECES; i += shape::THREADS) {
         const int row = i / PIECES, piece = i % PIECES;
         const row_place p = place_row(a, s.place, group, row);
         const bool there = p.position >= 0 && piece * 8 < a.shape.head_dim;
-        const __nv_bfloat16 *from = there ? source + p.row * a.q_stride + p.head * a.q_head_stride + piece * 8 : source;
+        const act *from = there ? source + p.row * a.q_stride + p.head * a.q_head_stride + piece * 8 : source;
         copy_async(shared_address(s.q) + piece / 8 * (shape::ROWS * ROW_BYTES) + swizzled(row, piece % 8), from, there);
     }
 }
@@ -255,7 +255,7 @@ static __device__ __forceinline__ void fold_step(const lr_cuda_fold &a,
         fold_scores<shape::D>(score[i], t.m[i], t.l[i], t.o[i], scale2);
 #pragma unroll
         for (int j = 0; j < KEYS / 4; j++)
-            weights[i][j / 4][j % 4] = pack_bf16(score[i][2 * j], score[i][2 * j + 1]);
+            weights[i][j / 4][j % 4] = pack_act(score[i][2 * j], score[i][2 * j + 1]);
     }
 }
 
@@ -348,6 +348,6 @@ template <class shape> static cudaError_t launch(const lr_cuda_fold &fold, cudaS
     return cudaGetLastError();
 }
 
-} // namespace lr::portable
+} // namespace lr::LR_CUDA_ACT::portable
 
 #endif

@@ -11,7 +11,7 @@
 
 #include <math.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 /* The keys of a step that a row may see: those below `to`, but none of the `hidden` from `sinks` on. Counted from
@@ -75,7 +75,7 @@ store_result(const lr_cuda_fold &a, const float (&o)[D / 2], float l, const row_
 #pragma unroll
     for (int i = 0; i < D / 8; i++)
         if (8 * i < a.shape.head_dim) {
-            const uint32_t pair = pack_bf16(o[4 * i + 2 * r] * inverse, o[4 * i + 2 * r + 1] * inverse);
+            const uint32_t pair = pack_act(o[4 * i + 2 * r] * inverse, o[4 * i + 2 * r + 1] * inverse);
             if (aligned) {
                 *reinterpret_cast<uint32_t *>(y + 8 * i + column) = pair;
             } else {
@@ -114,6 +114,6 @@ static __device__ __forceinline__ void store_row(const lr_cuda_fold &a,
                 make_float2(o[4 * i + 2 * r], o[4 * i + 2 * r + 1]);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

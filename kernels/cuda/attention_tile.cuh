@@ -9,7 +9,7 @@
 
 #include "kernels/cuda/attention.h"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int BLOCK = LR_KV_BLOCK_TOKENS;
@@ -125,6 +125,6 @@ static __device__ __forceinline__ int clamp_key(int64_t key)
     return key < 0 ? 0 : key > BLOCK ? BLOCK : static_cast<int>(key);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

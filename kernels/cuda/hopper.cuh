@@ -7,7 +7,7 @@
 
 #include "kernels/cuda/mma.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 /* ---- mbarrier ----------------------------------------------------------------------------------------------------- */
@@ -111,7 +111,7 @@ static __device__ __forceinline__ void wgmma_n64_shared(float (&d)[32], uint64_t
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." LR_CUDA_MMA "." LR_CUDA_MMA " "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
                  " %8, %9, %10, %11, %12, %13, %14, %15, "
                  " %16, %17, %18, %19, %20, %21, %22, %23, "
@@ -137,7 +137,7 @@ static __device__ __forceinline__ void wgmma_n64(float (&d)[32], const uint32_t 
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." LR_CUDA_MMA "." LR_CUDA_MMA " "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
                  " %8, %9, %10, %11, %12, %13, %14, %15, "
                  " %16, %17, %18, %19, %20, %21, %22, %23, "
@@ -164,7 +164,7 @@ static __device__ __forceinline__ void wgmma_n128(float (&d)[64], const uint32_t
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %69, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." LR_CUDA_MMA "." LR_CUDA_MMA " "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
                  " %8, %9, %10, %11, %12, %13, %14, %15, "
                  " %16, %17, %18, %19, %20, %21, %22, %23, "
@@ -195,6 +195,6 @@ static __device__ __forceinline__ void wgmma_n128(float (&d)[64], const uint32_t
                    "n"(TRANSPOSED));
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

@@ -15,17 +15,11 @@
 #ifndef LR_KERNELS_CUDA_MMA_CUH
 #define LR_KERNELS_CUDA_MMA_CUH
 
-#include <cuda_bf16.h>
+#include "kernels/cuda/act.h"
+
 #include <stdint.h>
 
-/* The activations' type in the name of an instruction. */
-#ifdef LR_CUDA_F16
-#define LR_MMA_TYPE "f16"
-#else
-#define LR_MMA_TYPE "bf16"
-#endif
-
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 static __device__ __forceinline__ uint32_t shared_address(const void *pointer)
@@ -47,12 +41,17 @@ static __device__ __forceinline__ void named_barrier(uint32_t id, uint32_t n_thr
 
 /* ---- copies to shared memory -------------------------------------------------------------------------------------- */
 
-/* 16 bytes from global to shared memory; zeros where `valid` is false (nothing is read then). */
-static __device__ __forceinline__ void copy_async(uint32_t shared, const void *global, bool valid)
+/* 16 bytes from global to shared memory, of which the first n_bytes are read and the others are zero. */
+static __device__ __forceinline__ void copy_async_part(uint32_t shared, const void *global, int n_bytes)
 {
-    const int n_bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(n_bytes)
                  : "memory");
+}
+
+/* 16 bytes; zeros where `valid` is false (nothing is read then). */
+static __device__ __forceinline__ void copy_async(uint32_t shared, const void *global, bool valid)
+{
+    copy_async_part(shared, global, valid ? 16 : 0);
 }
 
 static __device__ __forceinline__ void copy_commit()
@@ -97,31 +96,13 @@ static __device__ __forceinline__ uint32_t transpose_matrix(uint32_t r)
 /* d [16 x 8] += a [16 x 16] b [16 x 8] in float32. */
 static __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." LR_MMA_TYPE "." LR_MMA_TYPE
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." LR_CUDA_MMA "." LR_CUDA_MMA
         ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /* ---- numbers ------------------------------------------------------------------------------------------------------ */
-
-/* Two floats as bf16, `low` in the lower half. */
-static __device__ __forceinline__ uint32_t pack_bf16(float low, float high)
-{
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-
-static __device__ __forceinline__ float low_of(uint32_t packed)
-{
-    return __uint_as_float(packed << 16);
-}
-
-static __device__ __forceinline__ float high_of(uint32_t packed)
-{
-    return __uint_as_float(packed & 0xffff0000u);
-}
 
 static __device__ __forceinline__ float exp2_fast(float x)
 {
@@ -130,6 +111,6 @@ static __device__ __forceinline__ float exp2_fast(float x)
     return y;
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

@@ -6,10 +6,10 @@
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/recurrence_grid.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
-constexpr uint32_t BLOCK_BYTES = CHUNK * 128; /* 64 tokens x 64 columns of bf16 */
+constexpr uint32_t BLOCK_BYTES = CHUNK * 128; /* 64 tokens x 64 columns of activations */
 
 /* Per-token factors of a stage's chunk. */
 struct __align__(16) chunk_decays
@@ -22,14 +22,14 @@ struct __align__(16) chunk_decays
 
 /* 64 tokens x 64 columns into a swizzled block, zeros behind the last token. 128 threads. */
 static __device__ __forceinline__ void
-load_block(uint32_t block, const __nv_bfloat16 *columns, int64_t stride, int64_t row, int64_t end, int thread)
+load_block(uint32_t block, const act *columns, int64_t stride, int64_t row, int64_t end, int thread)
 {
     const int piece = thread % 8;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int token = thread / 8 + 16 * i;
         const bool valid = row + token < end;
-        const __nv_bfloat16 *source = valid ? columns + (row + token) * stride + piece * 8 : columns;
+        const act *source = valid ? columns + (row + token) * stride + piece * 8 : columns;
         copy_async(block + swizzled(token, piece), source, valid);
     }
 }
@@ -40,7 +40,7 @@ static __device__ __forceinline__ bool holds_inverse(int row, int piece)
     return piece / 2 <= row / 16;
 }
 
-static __device__ __forceinline__ void load_inverse(uint32_t block, const __nv_bfloat16 *inverse, int thread)
+static __device__ __forceinline__ void load_inverse(uint32_t block, const act *inverse, int thread)
 {
     const int piece = thread % 8;
 #pragma unroll
@@ -82,6 +82,6 @@ sum_decays(struct chunk_decays *d, float first, float second, float scale, int l
     return end;
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

@@ -18,12 +18,12 @@
  * update changes the producer's tiles and the lines above, not the pipeline.
  *
  * Warpgroup 0 loads (cp.async into a ring of stages), sums decays and makes P; the others hold the state.
- * St is rounded to bf16 where it meets K and Q, never where it is kept. */
+ * St is rounded to the activation type where it meets K and Q, never where it is kept. */
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/recurrence_chunk.cuh"
 #include "kernels/cuda/recurrence_launch.h"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 /* One block a multiprocessor with two row blocks, two with one: registers of the producer and of each consumer thread,
@@ -82,7 +82,7 @@ static __device__ __forceinline__ void clear_above_inverse(uint8_t *block, int t
     }
 }
 
-/* P[t, s] = scale exp(G_t - G_s) (q_t . k_s) for s <= t, else 0, in bf16. 128 threads. */
+/* P[t, s] = scale exp(G_t - G_s) (q_t . k_s) for s <= t, else 0. 128 threads. */
 template <int K_BLOCKS>
 static __device__ __forceinline__ void
 make_scores(uint8_t *scores, uint32_t q, uint32_t k, const float *sum, float scale, int thread)
@@ -111,8 +111,8 @@ make_scores(uint8_t *scores, uint32_t q, uint32_t k, const float *sum, float sca
         const float b = s + 1 <= t ? d[4 * j + 1] * exp2_fast(sum_low - sum_s.y) * scale : 0.0f;
         const float e = s <= t + 8 ? d[4 * j + 2] * exp2_fast(sum_high - sum_s.x) * scale : 0.0f;
         const float f = s + 1 <= t + 8 ? d[4 * j + 3] * exp2_fast(sum_high - sum_s.y) * scale : 0.0f;
-        *reinterpret_cast<uint32_t *>(scores + swizzled(t, j) + 4 * (lane % 4)) = pack_bf16(a, b);
-        *reinterpret_cast<uint32_t *>(scores + swizzled(t + 8, j) + 4 * (lane % 4)) = pack_bf16(e, f);
+        *reinterpret_cast<uint32_t *>(scores + swizzled(t, j) + 4 * (lane % 4)) = pack_act(a, b);
+        *reinterpret_cast<uint32_t *>(scores + swizzled(t + 8, j) + 4 * (lane % 4)) = pack_act(e, f);
     }
 }
 
@@ -134,7 +134,7 @@ static __device__ __forceinline__ void produce(const recurrence_params &p,
     const int n_chunks = static_cast<int>((span.end - span.first + CHUNK - 1) / CHUNK);
     const int k_head = head / p.heads_per_k_head;
     const int n_value_blocks = p.dv / 64;
-    const __nv_bfloat16 *inverses = nullptr;
+    const act *inverses = nullptr;
     if (DELTA) {
         inverses = p.inverses + (slot * (p.sub_tokens / CHUNK) * p.n_v_heads + head) * CHUNK * CHUNK;
     }
@@ -291,7 +291,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p,
             for (int kk = 0; kk < DK / 16; kk++) {
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
-                    rounded[kk][r] = pack_bf16(state[8 * kk + 2 * r], state[8 * kk + 2 * r + 1]);
+                    rounded[kk][r] = pack_act(state[8 * kk + 2 * r], state[8 * kk + 2 * r + 1]);
                 }
             }
             wgmma_fence();
@@ -338,7 +338,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p,
                 for (int r = 0; r < 4; r++) {
                     const float2 decay =
                         *reinterpret_cast<const float2 *>(&decays->from_start[16 * kk + 8 * (r / 2) + column]);
-                    u[kk][r] = pack_bf16(low_of(u[kk][r]) - decay.x * x[8 * kk + 2 * r],
+                    u[kk][r] = pack_act(low_of(u[kk][r]) - decay.x * x[8 * kk + 2 * r],
                                          high_of(u[kk][r]) - decay.y * x[8 * kk + 2 * r + 1]);
                 }
             }
@@ -359,8 +359,8 @@ static __device__ __forceinline__ void consume(const recurrence_params &p,
                         *reinterpret_cast<const float2 *>(&decays->to_end[16 * kk + 8 * (r / 2) + column]);
                     const float low = x[8 * kk + 2 * r];
                     const float high = x[8 * kk + 2 * r + 1];
-                    u[kk][r] = pack_bf16(low, high);
-                    u_end[kk][r] = pack_bf16(decay.x * low, decay.y * high);
+                    u[kk][r] = pack_act(low, high);
+                    u_end[kk][r] = pack_act(decay.x * low, decay.y * high);
                 }
             }
         } else {
@@ -373,7 +373,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p,
                 for (int r = 0; r < 4; r++) {
                     const float2 decay =
                         *reinterpret_cast<const float2 *>(&decays->to_end[16 * kk + 8 * (r / 2) + column]);
-                    u_end[kk][r] = pack_bf16(decay.x * low_of(u[kk][r]), decay.y * high_of(u[kk][r]));
+                    u_end[kk][r] = pack_act(decay.x * low_of(u[kk][r]), decay.y * high_of(u[kk][r]));
                 }
             }
         }
@@ -421,13 +421,13 @@ static __device__ __forceinline__ void consume(const recurrence_params &p,
                 uint32_t o[4];
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
-                    o[r] = pack_bf16(out[8 * kk + 2 * r], out[8 * kk + 2 * r + 1]);
+                    o[r] = pack_act(out[8 * kk + 2 * r], out[8 * kk + 2 * r + 1]);
                 }
                 store_transposed(values + swizzled(16 * kk + value_row, value_piece), o);
             }
             named_barrier(2 + warpgroup, 128);
             const int64_t first = span.first + static_cast<int64_t>(i) * CHUNK;
-            __nv_bfloat16 *o_columns = p.o + static_cast<int64_t>(head) * p.dv + block * 64 + thread % 8 * 8;
+            act *o_columns = p.o + static_cast<int64_t>(head) * p.dv + block * 64 + thread % 8 * 8;
             const uint8_t *o_block = stages + s * layout::STAGE_BYTES + layout::V_OFFSET + warpgroup * BLOCK_BYTES;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
@@ -525,4 +525,4 @@ cudaError_t launch_recurrence_pass_hopper(cudaStream_t stream, const recurrence_
     return delta ? launch<64, 1, true, false>(stream, p, 2) : launch<64, 1, false, false>(stream, p, 1);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT

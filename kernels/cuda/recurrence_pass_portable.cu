@@ -15,7 +15,7 @@
 #include "kernels/cuda/recurrence_chunk.cuh"
 #include "kernels/cuda/recurrence_launch.h"
 
-namespace lr::portable
+namespace lr::LR_CUDA_ACT::portable
 {
 
 constexpr int PASS_THREADS = 128;
@@ -46,7 +46,7 @@ template <int N> static __device__ __forceinline__ void round_sums(uint32_t (&a)
 {
 #pragma unroll
     for (int i = 0; i < 4 * N; i++) {
-        a[i / 4][i % 4] = pack_bf16(d[2 * i], d[2 * i + 1]);
+        a[i / 4][i % 4] = pack_act(d[2 * i], d[2 * i + 1]);
     }
 }
 
@@ -149,7 +149,7 @@ make_scores(uint8_t *scores, uint32_t q_tile, uint32_t k_tile, const float *sum,
         const float low = s <= t ? d[2 * i] * exp2_fast(sum[t] - sum_s.x) * scale : 0.0f;
         const float high = s + 1 <= t ? d[2 * i + 1] * exp2_fast(sum[t] - sum_s.y) * scale : 0.0f;
         *reinterpret_cast<uint32_t *>(scores + swizzled(t, 2 * s_block + i / 2) + 4 * (lane % 4)) =
-            pack_bf16(low, high);
+            pack_act(low, high);
     }
 }
 
@@ -197,15 +197,15 @@ solve_updates(operand_64 &u, operand_64 &u_end, sums_64 &x, uint32_t t_tile, con
     for (int i = 0; i < 16; i++) {
         const float2 decay = factors_of(decays->from_start, i / 4, i % 4);
         uint32_t &r = u[i / 4][i % 4];
-        r = pack_bf16(low_of(r) - decay.x * x[2 * i], high_of(r) - decay.y * x[2 * i + 1]);
+        r = pack_act(low_of(r) - decay.x * x[2 * i], high_of(r) - decay.y * x[2 * i + 1]);
         x[2 * i] = x[2 * i + 1] = 0.0f;
     }
     add_lower(x, u, t_tile);
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         const float2 decay = factors_of(decays->to_end, i / 4, i % 4);
-        u[i / 4][i % 4] = pack_bf16(x[2 * i], x[2 * i + 1]);
-        u_end[i / 4][i % 4] = pack_bf16(decay.x * x[2 * i], decay.y * x[2 * i + 1]);
+        u[i / 4][i % 4] = pack_act(x[2 * i], x[2 * i + 1]);
+        u_end[i / 4][i % 4] = pack_act(decay.x * x[2 * i], decay.y * x[2 * i + 1]);
     }
 }
 
@@ -216,7 +216,7 @@ decay_values(operand_64 &u_end, const operand_64 &u, const struct chunk_decays *
     for (int i = 0; i < 16; i++) {
         const float2 decay = factors_of(decays->to_end, i / 4, i % 4);
         const uint32_t r = u[i / 4][i % 4];
-        u_end[i / 4][i % 4] = pack_bf16(decay.x * low_of(r), decay.y * high_of(r));
+        u_end[i / 4][i % 4] = pack_act(decay.x * low_of(r), decay.y * high_of(r));
     }
 }
 
@@ -230,10 +230,10 @@ store_outputs(const recurrence_params &p, const struct pass_place &place, uint8_
     for (int i = 0; i < 16; i++) {
         const int token = i / 4 * 16 + i % 4 / 2 * 8 + lane / 4;
         *reinterpret_cast<uint32_t *>(values + swizzled(token, 2 * warp + i % 2) + lane % 4 * 4) =
-            transpose_matrix(pack_bf16(o[2 * i], o[2 * i + 1]));
+            transpose_matrix(pack_act(o[2 * i], o[2 * i + 1]));
     }
     __syncwarp();
-    __nv_bfloat16 *columns =
+    act *columns =
         p.o + static_cast<int64_t>(place.head) * p.dv + place.block * 64 + warp * 16 + lane % 2 * 8;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -476,9 +476,9 @@ static cudaError_t launch_dim(cudaStream_t stream, const recurrence_params &p, b
     return delta ? launch<DK, true, false>(stream, p) : launch<DK, false, false>(stream, p);
 }
 
-} // namespace lr::portable
+} // namespace lr::LR_CUDA_ACT::portable
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 cudaError_t launch_recurrence_pass_portable(cudaStream_t stream, const recurrence_params &p, bool delta, bool output)
@@ -487,4 +487,4 @@ cudaError_t launch_recurrence_pass_portable(cudaStream_t stream, const recurrenc
                        : portable::launch_dim<64>(stream, p, delta, output);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT

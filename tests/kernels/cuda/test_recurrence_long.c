@@ -62,7 +62,7 @@ static struct tokens take_tokens(uint64_t seed)
         for (int i = 0; i < DIM; i++)
             sum += i < DIM / 2 ? (double)k[i] * (double)k[i] : 0.0;
         for (int i = 0; i < DIM; i++)
-            k[i] = i < DIM / 2 ? check_from_bf16(check_to_bf16((float)((double)k[i] / sqrt(sum)))) : 0.0f;
+            k[i] = i < DIM / 2 ? check_from_act(check_to_act((float)((double)k[i] / sqrt(sum)))) : 0.0f;
     }
     t.g = check_floats((int64_t)TOKENS * HEADS, 1.0f, 0, &seed);
     t.beta = check_floats((int64_t)TOKENS * HEADS, 0.5f, 0, &seed);
@@ -181,10 +181,10 @@ struct folded {
 static struct folded fold_segments(const struct tokens *t, const float *s_in)
 {
     const size_t bytes = HEADS * STATE * sizeof(float);
-    const uint16_t *rows = check_device_bf16(t->rows, (int64_t)SEGMENT * STRIDE);
+    const uint16_t *rows = check_device_act(t->rows, (int64_t)SEGMENT * STRIDE);
     const float *g = check_device_copy(t->g, sizeof(float) * TOKENS * HEADS);
     const float *beta = check_device_copy(t->beta, sizeof(float) * TOKENS * HEADS);
-    float *work = check_device(lr_cuda_delta_work_floats(shape, SEGMENT) * sizeof(float));
+    float *work = check_device(LR_CUDA(delta_work_floats)(shape, SEGMENT) * sizeof(float));
     float *m = check_device(bytes), *b = check_device(bytes), *zero = check_device(bytes);
     float *identity = check_host(bytes), *s[2] = {check_device_copy(s_in, bytes), check_device(bytes)};
     for (int i = 0; i < HEADS * STATE; i++)
@@ -202,11 +202,11 @@ static struct folded fold_segments(const struct tokens *t, const float *s_in)
                                              .beta = beta + gate,
                                              .n_rows = rows_of(i),
                                              .work = work};
-        lr_cuda_delta_summary(&check.exec, &args, m, b);
+        LR_CUDA(delta_summary)(&check.exec, &args, m, b);
         struct lr_delta_fold_args state = {shape, m, b, s[i % 2], s[(i + 1) % 2]};
-        lr_cuda_delta_fold(&check.exec, &state);
+        LR_CUDA(delta_fold)(&check.exec, &state);
         struct lr_delta_fold_args map = {shape, m, zero, m_all[i % 2], m_all[(i + 1) % 2]};
-        lr_cuda_delta_fold(&check.exec, &map);
+        LR_CUDA(delta_fold)(&check.exec, &map);
     }
     return (struct folded){check_download_f32(m_all[SEGMENTS % 2], HEADS * STATE),
                            check_download_f32(s[SEGMENTS % 2], HEADS * STATE)};
