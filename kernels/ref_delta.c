@@ -8,23 +8,24 @@
 static void token(
     double *s, int64_t dk, int64_t n, const float *q, const float *k, const float *v, double g, double beta, double *o)
 {
-    double decay = exp(g), read[LR_MAX_DELTA_DIM], out[LR_MAX_DELTA_DIM];
+    double decay = exp(g), change[LR_MAX_DELTA_DIM];
     for (int64_t j = 0; j < n; j++)
-        read[j] = out[j] = 0.0;
+        change[j] = 0.0;
     for (int64_t i = 0; i < dk; i++)
         for (int64_t j = 0; j < n; j++) {
             s[i * n + j] *= decay;
-            read[j] += (double)k[i] * s[i * n + j];
+            change[j] += (double)k[i] * s[i * n + j];
         }
     for (int64_t j = 0; j < n; j++)
-        read[j] = beta * ((v ? (double)v[j] : 0.0) - read[j]);
+        change[j] = beta * ((v ? (double)v[j] : 0.0) - change[j]);
     for (int64_t i = 0; i < dk; i++)
-        for (int64_t j = 0; j < n; j++) {
-            s[i * n + j] += (double)k[i] * read[j];
-            out[j] += (double)q[i] * s[i * n + j];
-        }
+        for (int64_t j = 0; j < n; j++)
+            s[i * n + j] += (double)k[i] * change[j];
     for (int64_t j = 0; o && j < n; j++)
-        o[j] = out[j];
+        o[j] = 0.0;
+    for (int64_t i = 0; o && i < dk; i++)
+        for (int64_t j = 0; j < n; j++)
+            o[j] += (double)q[i] * s[i * n + j];
 }
 
 static void
