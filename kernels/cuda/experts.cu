@@ -1,6 +1,6 @@
-/* Mixture of experts over sorted rows: hidden = act(gate x) * (up x), then y = down hidden. Two launches of the product;
- * the first computes a tile of gate and the same tile of up side by side, so that SwiGLU needs no memory and hidden is
- * written once, as activations:
+/* Mixture of experts over sorted rows: hidden = act(gate x) * (up x), then y = down hidden. Two launches of the
+ * product; the first computes a tile of gate and the same tile of up side by side, so that SwiGLU needs no memory and
+ * hidden is written once, as activations:
  *
  *   x [rows x k] | gate [C/2 x k]     sums: gate columns | up columns   ->  hidden [rows x C/2]
  *                | up   [C/2 x k]

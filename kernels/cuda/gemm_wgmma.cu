@@ -14,7 +14,6 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/gemm_epilogue.cuh"
 #include "kernels/cuda/gemm_tiles.cuh"
-#include "kernels/cuda/gemm_wgmma.cuh"
 #include "kernels/cuda/tma.cuh"
 
 namespace lr::LR_CUDA_ACT
@@ -112,6 +111,17 @@ static __device__ __forceinline__ void produce(const product_params &p, tile_wal
     }
 }
 
+template <int SIZE>
+static __device__ __forceinline__ void multiply_step(float (&sum)[SIZE], uint64_t a, uint64_t b, bool accumulate)
+{
+    if constexpr (SIZE == 32)
+        wgmma_n64_shared(sum, a, b, accumulate);
+    else if constexpr (SIZE == 64)
+        wgmma_n128_shared(sum, a, b, accumulate);
+    else
+        wgmma_n256_shared(sum, a, b, accumulate);
+}
+
 /* The product of a consumer's rows with a tile of W. */
 template <class SHAPE>
 static __device__ __forceinline__ void multiply(float (&sum)[SHAPE::COLUMNS / 2], int n_steps, int consumer,
@@ -124,7 +134,7 @@ static __device__ __forceinline__ void multiply(float (&sum)[SHAPE::COLUMNS / 2]
         wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < TILE_K / 16; kk++)
-            wgmma_shared(sum, a + 2 * kk, b + 2 * kk, step > 0 || kk > 0);
+            multiply_step(sum, a + 2 * kk, b + 2 * kk, step > 0 || kk > 0);
         wgmma_commit();
         if (step > 0) {
             wgmma_wait<1>();
@@ -154,8 +164,8 @@ static __device__ __forceinline__ void store_blocks(uint32_t shared, uint32_t a,
                  : "memory");
 }
 
-/* N columns of 64 rows as activations through `staging`, the warpgroup's own STAGING_BYTES, as many columns at a time as it
- * holds. Returns while the copy engine still reads the last of them. */
+/* N columns of 64 rows as activations through `staging`, the warpgroup's own STAGING_BYTES, as many columns at a time as
+ * it holds. Returns while the copy engine still reads the last of them. */
 template <int N, int SIZE>
 static __device__ __forceinline__ void store_boxes(const product_params &p, const float (&sum)[SIZE], int row,
                                                    int first_column, uint32_t staging, int barrier)
@@ -297,13 +307,13 @@ template <output_kind OUTPUT> static cudaError_t launch_kind(const struct lr_exe
 {
     constexpr int COLUMNS = OUTPUT_COLUMNS<large_shape, OUTPUT>;
     const int64_t n_columns = p.output.n_columns;
+    const int64_t n_large = divide_up(p.rows.n_rows, TILE_ROWS) * divide_up(n_columns, COLUMNS);
     if (p.general)
         return launch_shape<small_shape, OUTPUT, true>(exec, p);
-    const bool fills_device = n_columns > COLUMNS / 2 && divide_up(p.rows.n_rows, TILE_ROWS) *
-                                                                 divide_up(n_columns, COLUMNS) >=
-                                                             lr_cuda_multiprocessors(exec);
-    return fills_device && p.rows.n_experts <= large_shape::MAX_EXPERTS ? launch_shape<large_shape, OUTPUT, false>(exec, p)
-                                                                        : launch_shape<small_shape, OUTPUT, false>(exec, p);
+    if (n_columns > COLUMNS / 2 && n_large >= lr_cuda_multiprocessors(exec) &&
+        p.rows.n_experts <= large_shape::MAX_EXPERTS)
+        return launch_shape<large_shape, OUTPUT, false>(exec, p);
+    return launch_shape<small_shape, OUTPUT, false>(exec, p);
 }
 
 cudaError_t launch_product_wgmma(const struct lr_exec *exec, const product &p)
