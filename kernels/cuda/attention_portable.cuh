@@ -2,7 +2,7 @@
  * rows each, which run S = Q K^T -> softmax -> O += P V  on 64 keys a step (Dao 2023, FlashAttention-2).
  *
  *   ring of halves    | K 0 | V 0 | K 1 |         the oldest is being used, the others are on their way
- *   queue             up to 32 steps of 16 blocks of the list: one lane looks at half a block
+ *   queue             up to 32 steps of 16 blocks of the list: one lane looks at half a block. A ref may name a half
  *
  * K and V come as they lie in their blocks, whose swizzle suits ldmatrix as well as wgmma. A queue's steps are one
  * pipeline; between two queues it runs dry, once in 32 steps. Every row folds its steps in ascending order and closes
@@ -68,7 +68,7 @@ template <class shape> static __device__ __forceinline__ void fill_queue(tile_sh
             note.flags |= sees_all(w, note, KEYS) ? STEP_FULL : 0;
             const int at = __popc(wanted & ((1u << lane) - 1));
             s.notes[at] = note;
-            s.data[at] = static_cast<const uint8_t *>(ref.data) + head_offset + first * ROW_BYTES;
+            s.data[at] = static_cast<const uint8_t *>(ref.data) + head_offset + (ref.position % BLOCK + first) * ROW_BYTES;
         }
         next += REFS;
         if (next < w.jump && w.refs[0].position + static_cast<int64_t>(next) * BLOCK >= w.sinks)
