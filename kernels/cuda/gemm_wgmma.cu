@@ -227,7 +227,7 @@ static __device__ __forceinline__ void consume(const product_params &p, tile_wal
             continue;
         }
         if (OUTPUT == output_kind::F32 && p.output.accumulate)
-            prefetch_rows<BLOCK_ROWS, SHAPE::COLUMNS>(p.output, t.row + first, n_rows, column);
+            prefetch_rows<BLOCK_ROWS, SHAPE::COLUMNS, WARPGROUP_THREADS>(p.output, t.row + first, n_rows, column);
         float sum[SHAPE::COLUMNS / 2];
         multiply<SHAPE>(sum, p.n_steps, consumer, ring);
         store_tile<OUTPUT, GENERAL>(p, sum, t.row + first, n_rows, column, ring.staging + consumer * STAGING_BYTES,
