@@ -5,11 +5,11 @@
 namespace lr::LR_CUDA_ACT::portable
 {
 
-/* Many rows, and few. Within 99 KiB of shared memory, sm_86's most; two blocks of them on an A100. */
-using many_64 = tile_shape<64, 2, 4, 4, 2>;
+/* For many rows, and for few. A thread block is within 99 KiB of shared memory, sm_86's most, and an A100 takes two. */
+using many_64 = tile_shape<64, 2, 4, 4, 3>;
 using many_128 = tile_shape<128, 2, 4, 3, 2>;
-using few_64 = tile_shape<64, 1, 4, 4, 3>;
-using few_128 = tile_shape<128, 1, 4, 4, 3>;
+using few_64 = tile_shape<64, 1, 4, 6, 3>;
+using few_128 = tile_shape<128, 1, 4, 3, 3>;
 using any_256 = tile_shape<256, 1, 4, 2, 2>;
 
 template <class many, class few>
