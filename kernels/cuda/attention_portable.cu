@@ -5,12 +5,16 @@
 namespace lr::LR_CUDA_ACT::portable
 {
 
-/* Many rows, and few. Within 99 KiB of shared memory, sm_86's most; two blocks of them on an A100. */
-using many_64 = tile_shape<64, 2, 4, 4, 2>;
+/* For many rows, and for few. */
+using many_64 = tile_shape<64, 2, 4, 4, 3>;
 using many_128 = tile_shape<128, 2, 4, 3, 2>;
-using few_64 = tile_shape<64, 1, 4, 4, 3>;
-using few_128 = tile_shape<128, 1, 4, 4, 3>;
+using few_64 = tile_shape<64, 1, 4, 6, 3>;
+using few_128 = tile_shape<128, 1, 4, 3, 3>;
 using any_256 = tile_shape<256, 1, 4, 2, 2>;
+
+/* What sm_86 gives a thread block is the least of all; an A100 divides 164 KiB, and takes 1 for itself with each block. */
+static_assert(sizeof(tile_shared<any_256>) <= 99 * 1024, "one block on sm_86");
+static_assert(2 * (sizeof(tile_shared<many_128>) + 1024) <= 164 * 1024, "two blocks on an A100");
 
 template <class many, class few>
 static cudaError_t launch_either(const lr_cuda_fold &fold, int64_t tile_rows, cudaStream_t stream)

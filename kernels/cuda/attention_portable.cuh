@@ -76,6 +76,7 @@ template <class shape> static __device__ __forceinline__ void fill_queue(tile_sh
         if (__any_sync(0xffffffffu, there && ref.position > w.last_position))
             next = w.n_refs;
     }
+    __syncwarp();
     if (lane == 0) {
         s.n_steps = __popc(wanted);
         s.next_ref = next;

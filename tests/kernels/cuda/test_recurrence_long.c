@@ -12,10 +12,14 @@
  *   ABRUPT    one g in fifty is below the lower bound of a float32 exponential: everything before it is gone
  *   LOWEST    every g is about the lower bound: the state is the last token's
  *
- * Tolerances. A chunk multiplies the state by one factor, an approximate exponential with an error of up to 2^-22 that
- * falls the same way in every chunk where the gates are alike: 15,625 of them give 3.7e-3 (SLOW). A chunk rounds the
- * state to bf16 where it meets the keys, so an update is off by up to 2^-9 of itself: of what FAINT loses, 15 %, that
- * is 3e-4, and of a state that the keys renew, 6e-3 as in test_recurrence.c. */
+ * The tolerance is 6e-3 of the norm. Four errors add up to less:
+ *
+ *   what goes into a product is rounded to bf16 (2^-9): 3e-3 to 4e-3 of a state that the keys renew, as anywhere
+ *   the tensor cores cut off what they add below the last bit of a sum, always towards zero: four sums a chunk, 62,500
+ *     in a million tokens, of up to 2^-24 each: 3.7e-3 (FAINT)
+ *   a chunk multiplies the state by one approximate exponential, off by up to 2^-22 and the same way wherever gates are
+ *     alike: 15,625 of them, 3.7e-3 (SLOW; 2.4e-4 was seen)
+ *   the folds of 64 and of 16 maps in float32: 2^-22 each */
 #include "kernels/cuda/recurrence.h"
 #include "kernels/ref.h"
 #include "tests/kernels/cuda/check.h"
@@ -220,9 +224,12 @@ static void check_head(const char *what, int head, const float *got, const doubl
         error += ((double)got[i] - truth[i]) * ((double)got[i] - truth[i]);
         size += truth[i] * truth[i];
     }
-    printf("  %-6s %s: size %.3g, error %.3g of it\n", names[head], what, sqrt(size),
-           size > 0.0 ? sqrt(error / size) : sqrt(error));
-    check_that(sqrt(error) <= TOLERANCE * sqrt(size) + 1e-30, what, head);
+    const double relative = size > 0.0 ? sqrt(error / size) : 0.0;
+    const int close = sqrt(error) <= TOLERANCE * sqrt(size) + 1e-30;
+    check.worst = relative > check.worst ? relative : check.worst;
+    if (!close)
+        printf("  %s %s: size %.3g, relative error %.3g\n", names[head], what, sqrt(size), relative);
+    check_that(close, what, head);
 }
 
 static void million_tokens(void)
