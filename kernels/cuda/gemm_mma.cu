@@ -224,8 +224,7 @@ static __global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS) mma_kern
     copy_wait<0>();
 }
 
-/* ---- launch -------------------------------------------------------------------------------------------------------
- */
+/* ---- launch ---- */
 
 /* The stages, and the list of tiles behind them. */
 template <class SHAPE> static int shared_bytes(const product &p)
