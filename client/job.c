@@ -125,13 +125,15 @@ static struct lr_session_options session_options(struct lr_job *job, const struc
         .kv_dtype = bf16 ? LR_BF16 : LR_F32,
         .max_tokens = document->n_ids,
         .max_forks = document->max_forks,
-        .max_fork_tokens = document->max_fork_tokens};
+        .max_fork_tokens = document->max_fork_tokens,
+        .kv_device_bytes = (size_t)job->options.kv_device_bytes,
+        .kv_host_bytes = (size_t)job->options.kv_host_bytes};
 }
 
 enum lr_status lr_job_check_memory(struct lr_job *job, const struct lr_job_document *document, struct lr_error *err)
 {
     struct lr_session_options options = session_options(job, document);
-    return lr_session_check_memory(&job->engine, &options, err);
+    return lr_session_fit(&job->engine, &options, err);
 }
 
 enum lr_status lr_job_read(struct lr_job *job,

@@ -26,6 +26,7 @@ struct lr_job_options {
     enum lr_kv_choice kv_dtype;
     int64_t segment_tokens; /* 0: the device's default */
     int64_t top_k_blocks, decode_pages;
+    int64_t kv_device_bytes, kv_host_bytes; /* 0: what is free */
 };
 
 struct lr_job {

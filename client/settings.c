@@ -99,6 +99,21 @@ void lr_settings_options(struct lr_settings *s, int generates, struct lr_option 
          .out = &s->kv_dtype,
          .choices = kv_choices,
          .help = "f32, bf16 (half the memory for keys and values) or auto: f32 on the CPU, bf16 on GPUs"},
+        {.kind = LR_OPTION_SIZE,
+         .name = "kv-device-memory",
+         .argument = "SIZE",
+         .out = &s->kv_device_bytes,
+         .lowest = 1,
+         .highest = INT64_MAX,
+         .help = "what the document's keys and values may take of each worker's GPU, as 800M or 24G (default: what is "
+                 "free); the rest of them lies in host memory. On the CPU both are the host's"},
+        {.kind = LR_OPTION_SIZE,
+         .name = "kv-host-memory",
+         .argument = "SIZE",
+         .out = &s->kv_host_bytes,
+         .lowest = 1,
+         .highest = INT64_MAX,
+         .help = "what that rest may take of the host's memory, a worker (default: what is free)"},
         {.kind = LR_OPTION_INTEGER,
          .name = "segment-tokens",
          .argument = "N",
@@ -217,6 +232,8 @@ struct lr_job_options lr_settings_job(const struct lr_settings *s, const struct 
         .segment_tokens = s->segment_tokens,
         .top_k_blocks = s->top_k_blocks,
         .decode_pages = s->decode_pages,
+        .kv_device_bytes = s->kv_device_bytes,
+        .kv_host_bytes = s->kv_host_bytes,
     };
 }
 

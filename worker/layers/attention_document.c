@@ -1,6 +1,8 @@
 /* Attention of a document's segment: storing KV, then full attention over the ring or sparse
  * attention over fetched blocks. See attention.c for the whole picture. */
+#include "worker/kv_tier.h"
 #include "worker/layers/attention_impl.h"
+#include "worker/plan.h"
 
 #include <string.h>
 
@@ -9,9 +11,11 @@
 
 /* Summaries of the segment's blocks; `means` may be NULL. */
 static void summarize_blocks(
-    struct lr_session *session, int64_t layer, int64_t first_block, int64_t end_token, float *means)
+    const struct lr_step *step, int64_t layer, int64_t first_block, int64_t end_token, float *means)
 {
+    struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
+    const char *own = lr_kv_own(step, layer);
     int64_t size = session->kv_shape.n_kv_heads * session->kv_shape.head_dim;
     int64_t n_blocks = lr_ceil_div(end_token, LR_BLOCK) - first_block;
     int64_t per_segment = lr_blocks_per_segment(session);
@@ -19,7 +23,7 @@ static void summarize_blocks(
     int64_t page = (layer * session->local_blocks + local) * size;
     struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n_blocks);
     for (int64_t i = 0; i < n_blocks; i++)
-        refs[i] = (struct lr_kv_ref){.data = lr_session_block(session, layer, first_block + i),
+        refs[i] = (struct lr_kv_ref){.data = own + (size_t)i * session->block_bytes,
                                      .position = (first_block + i) * LR_BLOCK,
                                      .n_keys = (int32_t)lr_min_i64(end_token - (first_block + i) * LR_BLOCK, LR_BLOCK)};
     struct lr_block_summary_args args = {.shape = session->kv_shape,
@@ -53,7 +57,7 @@ static enum lr_status store_kv(struct lr_step *step, int64_t layer, const struct
     int64_t n_blocks = lr_ceil_div(n, LR_BLOCK);
     void **blocks = LR_STEP_TABLE(session, void *, n_blocks);
     for (int64_t i = 0; i < n_blocks; i++)
-        blocks[i] = lr_session_block(session, layer, start / LR_BLOCK + i);
+        blocks[i] = lr_kv_own(step, layer) + (size_t)i * session->block_bytes;
     struct lr_kv_store_args args = {.shape = session->kv_shape,
                                     .k = lr_act_at(engine->ops, p->rows, p->k),
                                     .k_stride = p->stride,
@@ -62,14 +66,16 @@ static enum lr_status store_kv(struct lr_step *step, int64_t layer, const struct
                                     .n_rows = n,
                                     .position = start,
                                     .blocks = blocks};
+    lr_kv_own_begin(step);
     if (n > 0)
         engine->ops->kv_store(&engine->exec, &args);
+    lr_kv_own_save(step, layer);
     if (!session->block_means && !session->page_min)
         return LR_OK;
     int64_t size = session->kv_shape.n_kv_heads * session->kv_shape.head_dim;
     float *means = session->block_means ? LR_STEP_TENSOR(session, float, (n_blocks + 1) * size) : NULL;
     if (n > 0)
-        summarize_blocks(session, layer, start / LR_BLOCK, start + n, means);
+        summarize_blocks(step, layer, start / LR_BLOCK, start + n, means);
     return means ? share_means(step, layer, means, err) : LR_OK;
 }
 
@@ -86,6 +92,7 @@ static void row_sizes(const struct lr_step *step, int64_t row, size_t *sizes)
     }
 }
 
+/* My slab of a row is being read until the request has been waited for. */
 static enum lr_status start_row(const struct lr_step *step,
                                 int64_t layer,
                                 int64_t row,
@@ -94,11 +101,14 @@ static enum lr_status start_row(const struct lr_step *step,
                                 struct lr_comm_request *request,
                                 struct lr_error *err)
 {
-    const struct lr_session *session = step->session;
+    struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->links;
-    int64_t block = (row * comm->size + comm->rank) * lr_blocks_per_segment(session);
     row_sizes(step, row, sizes);
-    const char *mine = sizes[comm->rank] ? lr_session_block(session, layer, block) : NULL;
+    const char *mine = NULL;
+    if (row < step->wave->index)
+        mine = lr_kv_enter(session, layer, row, step->wave->index);
+    else if (sizes[comm->rank])
+        mine = lr_kv_own(step, layer);
     return lr_comm_all_gather_v_start(comm, "kv row", mine, sizes, buffer, request, err);
 }
 
@@ -138,6 +148,7 @@ attend_full_ring(struct lr_step *step, int64_t layer, struct lr_attention_args *
     for (int64_t row = 0; row <= step->wave->index; row++) {
         int now = (int)(row & 1), next = 1 - now;
         LR_TRY(lr_comm_wait(links, &requests[now], err));
+        lr_kv_leave(session);
         if (row < step->wave->index)
             LR_TRY(start_row(step, layer, row + 1, buffers[next], sizes[next], &requests[next], err));
         if (step->n_rows == 0)
@@ -152,35 +163,68 @@ attend_full_ring(struct lr_step *step, int64_t layer, struct lr_attention_args *
     return LR_OK;
 }
 
-/* One worker: every block is at home, so the whole list is folded in one call. */
+/* Folds the n blocks from `data` on, whose first is the document's block `block`, with what went before. */
+static void fold_blocks(const struct lr_step *step, struct lr_attention_args *args, const char *data, int64_t block, int64_t n)
+{
+    struct lr_session *session = step->session;
+    const struct lr_engine *engine = session->engine;
+    struct lr_step_mark mark = lr_step_mark(session);
+    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n);
+    for (int64_t i = 0; i < n; i++)
+        refs[i] = (struct lr_kv_ref){.data = data + (size_t)i * session->block_bytes,
+                                     .position = (block + i) * LR_BLOCK,
+                                     .n_keys = (int32_t)lr_min_i64(step->wave->end - (block + i) * LR_BLOCK, LR_BLOCK)};
+    struct lr_kv_list list = {.refs = refs, .n_refs = n};
+    args->lists = &list;
+    engine->ops->attention(&engine->exec, args);
+    args->first = 0;
+    lr_step_rewind(session, mark); /* lists are copied before a slot returns */
+}
+
+/* One worker: the resident blocks are folded in one call, the host's slab by slab, the wave's own segment at last. */
 static void attend_full_alone(struct lr_step *step, int64_t layer, struct lr_attention_args *args)
 {
     struct lr_session *session = step->session;
-    struct lr_engine *engine = session->engine;
-    int64_t end = step->wave->end;
-    struct lr_kv_list list = {.n_refs = lr_ceil_div(end, LR_BLOCK)};
-    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, list.n_refs);
-    for (int64_t i = 0; i < list.n_refs; i++)
-        refs[i] = (struct lr_kv_ref){.data = lr_session_block(session, layer, i),
-                                     .position = i * LR_BLOCK,
-                                     .n_keys = (int32_t)lr_min_i64(end - i * LR_BLOCK, LR_BLOCK)};
-    list.refs = refs;
-    args->lists = &list;
-    engine->ops->attention(&engine->exec, args);
+    const struct lr_kv_tier *tier = &session->tier;
+    lr_act *y = args->y;
+    int64_t n_blocks = lr_ceil_div(step->wave->end, LR_BLOCK), resident = lr_min_i64(n_blocks, tier->resident_blocks);
+    args->y = n_blocks == resident ? y : NULL;
+    if (resident > 0)
+        fold_blocks(step, args, lr_session_block(session, layer, 0), 0, resident);
+    for (int64_t slab = tier->resident_slabs; slab < step->wave->index; slab++) {
+        const char *data = lr_kv_enter(session, layer, slab, step->wave->index);
+        fold_blocks(step, args, data, slab * tier->slab_blocks, tier->slab_blocks);
+        lr_kv_leave(session);
+    }
+    args->y = y;
+    int64_t own = step->wave->first / LR_BLOCK;
+    if (n_blocks > resident)
+        fold_blocks(step, args, lr_kv_own(step, layer), own, n_blocks - own);
 }
 
 /* ---- document: sparse attention
  * ----------------------------------------------------------------------------------- */
 
-/* The blocks that worker r's segment of this wave reads: [0, sink_end) and [window_first, end). */
+/* Rows [first, first + most) of every worker's segment, as far as they exist: whole query blocks that are attended to
+ * together. All of the segment, or so many that what they read of the host's tier fits a slot. */
+struct portion {
+    int64_t first, most;
+};
+
+static int64_t portion_rows(const struct lr_step *step, const struct portion *portion, int rank)
+{
+    return lr_max_i64(0, lr_min_i64(portion->most, lr_wave_length(step->wave, rank) - portion->first));
+}
+
+/* The blocks that worker r's rows of this portion read: [0, sink_end) and [window_first, end). */
 struct reach {
     int64_t sink_end, window_first, end;
 };
 
-static struct reach reach_of(const struct lr_step *step, int rank)
+static struct reach reach_of(const struct lr_step *step, const struct portion *portion, int rank)
 {
     const struct lr_session_options *o = &step->session->options;
-    int64_t start = lr_wave_start(step->wave, rank), n = lr_wave_length(step->wave, rank);
+    int64_t start = lr_wave_start(step->wave, rank) + portion->first, n = portion_rows(step, portion, rank);
     struct reach reach = {0};
     if (n == 0)
         return reach;
@@ -190,23 +234,44 @@ static struct reach reach_of(const struct lr_step *step, int rank)
     return reach;
 }
 
-/* Blocks that each worker needs for its segment, ascending, its own among them. */
+/* Blocks that each worker needs for its rows, ascending, its own among them. */
 struct needs {
     int64_t *first; /* [n_workers + 1] offsets into blocks */
     int32_t *blocks;
 };
 
-/* Most blocks one worker may need in a wave; all of what lies before it at the worst. */
-static int64_t most_needs(const struct lr_session_options *o, const struct lr_model_dims *dims)
+/* Blocks that the sinks and the window may span in front of a row, its own block among them. */
+static int64_t fixed_blocks(const struct lr_session_options *o)
 {
-    int64_t own = o->segment_tokens / LR_BLOCK;
-    int64_t fixed = own + lr_ceil_div(o->window, LR_BLOCK) + lr_ceil_div(o->sinks, LR_BLOCK) + 2;
-    return lr_min_i64(fixed + own * dims->n_kv_heads * o->top_k_blocks, lr_ceil_div(o->max_tokens, LR_BLOCK) + 1);
+    return lr_ceil_div(o->window, LR_BLOCK) + lr_ceil_div(o->sinks, LR_BLOCK) + 2;
 }
 
-static int64_t list_fixed_needs(const struct lr_step *step, int rank, int32_t *blocks)
+int64_t lr_sparse_query_blocks(const struct lr_model_dims *dims, const struct lr_session_options *o)
 {
-    struct reach reach = reach_of(step, rank);
+    return o->attention == LR_ATTENTION_SPARSE ? fixed_blocks(o) + dims->n_kv_heads * o->top_k_blocks : 0;
+}
+
+/* Of every worker's segment, at once. */
+static int64_t most_portion_rows(const struct lr_model_dims *dims, const struct lr_session_options *o)
+{
+    if (o->host_slabs == 0 || o->top_k_blocks == 0)
+        return o->segment_tokens;
+    int64_t query_blocks = (lr_plan_slot_blocks(dims, o) - fixed_blocks(o)) / (dims->n_kv_heads * o->top_k_blocks);
+    return lr_min_i64(o->segment_tokens, query_blocks * LR_BLOCK);
+}
+
+/* Most blocks one worker may need for `rows` rows; all of what lies before it at the worst. */
+static int64_t most_needs(const struct lr_session_options *o, const struct lr_model_dims *dims, int64_t rows)
+{
+    int64_t own = lr_ceil_div(rows, LR_BLOCK);
+    return lr_min_i64(own + fixed_blocks(o) + own * dims->n_kv_heads * o->top_k_blocks,
+                      lr_ceil_div(o->max_tokens, LR_BLOCK) + 1);
+}
+
+static int64_t
+list_fixed_needs(const struct lr_step *step, const struct portion *portion, int rank, int32_t *blocks)
+{
+    struct reach reach = reach_of(step, portion, rank);
     int64_t n = 0;
     for (int64_t b = 0; b < reach.sink_end; b++)
         blocks[n++] = (int32_t)b;
@@ -233,23 +298,27 @@ static int64_t merge_chosen(
     return n;
 }
 
-static enum lr_status
-list_needs(struct lr_step *step, const int32_t *chosen, int64_t n_chosen, struct needs *needs, struct lr_error *err)
+static enum lr_status list_needs(struct lr_step *step,
+                                 const struct portion *portion,
+                                 const int32_t *chosen,
+                                 int64_t n_chosen,
+                                 struct needs *needs,
+                                 struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->comm;
-    int64_t most = most_needs(&session->options, &session->engine->model.dims);
+    int64_t most = most_needs(&session->options, &session->engine->model.dims, portion->most);
     needs->first = LR_STEP_TABLE(session, int64_t, comm->size + 1);
     needs->blocks = LR_STEP_TABLE(session, int32_t, comm->size * most);
     needs->first[0] = 0;
     if (session->options.top_k_blocks == 0) {
         for (int r = 0; r < comm->size; r++)
-            needs->first[r + 1] = needs->first[r] + list_fixed_needs(step, r, needs->blocks + needs->first[r]);
+            needs->first[r + 1] = needs->first[r] + list_fixed_needs(step, portion, r, needs->blocks + needs->first[r]);
         return LR_OK;
     }
     int32_t *mine = LR_STEP_TABLE(session, int32_t, most);
-    int64_t n = list_fixed_needs(step, comm->rank, mine);
-    n = merge_chosen(session, chosen, n_chosen, mine, n, reach_of(step, comm->rank).end + 1);
+    int64_t n = list_fixed_needs(step, portion, comm->rank, mine);
+    n = merge_chosen(session, chosen, n_chosen, mine, n, reach_of(step, portion, comm->rank).end + 1);
     int64_t *counts = LR_STEP_TABLE(session, int64_t, comm->size);
     LR_TRY(lr_comm_all_gather(comm, "number of needed blocks", &n, sizeof n, counts, err));
     size_t *sizes = LR_STEP_TABLE(session, size_t, comm->size);
@@ -260,53 +329,95 @@ list_needs(struct lr_step *step, const int32_t *chosen, int64_t n_chosen, struct
     return lr_comm_all_gather_v(comm, "needed blocks", mine, sizes, needs->blocks, err);
 }
 
-/* Where each block that I need lies: at home or in `fetched`. */
+/* Blocks that travel: bytes to and from every worker. */
+struct travel {
+    size_t *send, *receive; /* [n_workers] */
+    int64_t n_send, n_receive;
+};
+
+static struct travel count_travel(const struct lr_step *step, const struct needs *needs)
+{
+    struct lr_session *session = step->session;
+    const struct lr_comm *comm = session->engine->links;
+    struct travel travel = {.send = LR_STEP_TABLE(session, size_t, comm->size),
+                            .receive = LR_STEP_TABLE(session, size_t, comm->size)};
+    memset(travel.send, 0, (size_t)comm->size * sizeof *travel.send);
+    memset(travel.receive, 0, (size_t)comm->size * sizeof *travel.receive);
+    for (int r = 0; r < comm->size; r++)
+        for (int64_t i = needs->first[r]; i < needs->first[r + 1]; i++) {
+            int owner = lr_session_block_owner(session, needs->blocks[i]);
+            if (owner == comm->rank && r != comm->rank)
+                travel.send[r] += session->block_bytes, travel.n_send++;
+            if (owner != comm->rank && r == comm->rank)
+                travel.receive[owner] += session->block_bytes, travel.n_receive++;
+        }
+    return travel;
+}
+
+/* A block of mine: in the wave's own segment, or at home in either tier. */
+static const char *my_block(const struct lr_step *step, int64_t layer, int64_t block)
+{
+    int64_t own = lr_wave_start(step->wave, step->session->engine->comm->rank) / LR_BLOCK;
+    if (block >= own)
+        return lr_kv_own(step, layer) + (size_t)(block - own) * step->session->block_bytes;
+    return lr_session_block(step->session, layer, block);
+}
+
+/* Where the kernels find the blocks of mine among `blocks` [n]; those of the host's tier are brought to a slot. */
+static void place_mine(
+    const struct lr_step *step, int64_t layer, const int32_t *blocks, int64_t n, const char **where)
+{
+    struct lr_session *session = step->session;
+    const struct lr_comm *comm = session->engine->links;
+    int64_t own = lr_wave_start(step->wave, comm->rank) / LR_BLOCK, n_home = 0;
+    int32_t *home = LR_STEP_TABLE(session, int32_t, n);
+    const char **place = LR_STEP_TABLE(session, const char *, n);
+    for (int64_t i = 0; i < n; i++)
+        if (lr_session_block_owner(session, blocks[i]) == comm->rank && blocks[i] < own)
+            home[n_home++] = blocks[i];
+    lr_kv_gather(session, layer, home, n_home, place);
+    n_home = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (lr_session_block_owner(session, blocks[i]) == comm->rank)
+            where[i] = blocks[i] < own ? place[n_home++] : my_block(step, layer, blocks[i]);
+}
+
+/* Where each block that I need is: on this device, or in `fetched`. */
 static enum lr_status
 fetch_needs(struct lr_step *step, int64_t layer, const struct needs *needs, const char **where, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
     struct lr_comm *comm = engine->links;
-    size_t *send = LR_STEP_TABLE(session, size_t, comm->size);
-    size_t *receive = LR_STEP_TABLE(session, size_t, comm->size);
-    memset(send, 0, (size_t)comm->size * sizeof *send);
-    memset(receive, 0, (size_t)comm->size * sizeof *receive);
-    int64_t n_send = 0, n_receive = 0;
-    for (int r = 0; r < comm->size; r++)
-        for (int64_t i = needs->first[r]; i < needs->first[r + 1]; i++) {
-            int owner = lr_session_block_owner(session, needs->blocks[i]);
-            if (owner == comm->rank && r != comm->rank)
-                send[r] += session->block_bytes, n_send++;
-            if (owner != comm->rank && r == comm->rank)
-                receive[owner] += session->block_bytes, n_receive++;
-        }
-    char *outgoing = LR_STEP_TENSOR(session, char, (size_t)n_send * session->block_bytes);
-    char *fetched = LR_STEP_TENSOR(session, char, (size_t)n_receive * session->block_bytes);
+    struct travel travel = count_travel(step, needs);
+    char *outgoing = LR_STEP_TENSOR(session, char, (size_t)travel.n_send * session->block_bytes);
+    char *fetched = LR_STEP_TENSOR(session, char, (size_t)travel.n_receive * session->block_bytes);
     if (!outgoing || !fetched)
         return lr_fail(err, LR_INTERNAL, "workspace for %lld + %lld travelling blocks was not planned",
-                       (long long)n_send, (long long)n_receive);
+                       (long long)travel.n_send, (long long)travel.n_receive);
+    int64_t first = needs->first[comm->rank];
+    place_mine(step, layer, needs->blocks + first, needs->first[comm->rank + 1] - first, where);
     char *next = outgoing;
     for (int r = 0; r < comm->size; r++)
         for (int64_t i = needs->first[r]; r != comm->rank && i < needs->first[r + 1]; i++)
             if (lr_session_block_owner(session, needs->blocks[i]) == comm->rank) {
-                engine->ops->memory.copy(&engine->exec, next, lr_session_block(session, layer, needs->blocks[i]),
+                engine->ops->memory.copy(&engine->exec, next, my_block(step, layer, needs->blocks[i]),
                                          session->block_bytes);
                 next += session->block_bytes;
             }
-    LR_TRY(lr_comm_all_to_all_v(comm, "kv blocks", outgoing, send, fetched, receive, err));
+    LR_TRY(lr_comm_all_to_all_v(comm, "kv blocks", outgoing, travel.send, fetched, travel.receive, err));
     size_t *offsets = LR_STEP_TABLE(session, size_t, comm->size);
     size_t offset = 0;
     for (int r = 0; r < comm->size; r++) {
         offsets[r] = offset;
-        offset += receive[r];
+        offset += travel.receive[r];
     }
-    for (int64_t i = needs->first[comm->rank]; i < needs->first[comm->rank + 1]; i++) {
+    for (int64_t i = first; i < needs->first[comm->rank + 1]; i++) {
         int owner = lr_session_block_owner(session, needs->blocks[i]);
-        int64_t slot = i - needs->first[comm->rank];
-        where[slot] =
-            owner == comm->rank ? lr_session_block(session, layer, needs->blocks[i]) : fetched + offsets[owner];
-        if (owner != comm->rank)
-            offsets[owner] += session->block_bytes;
+        if (owner == comm->rank)
+            continue;
+        where[i - first] = fetched + offsets[owner];
+        offsets[owner] += session->block_bytes;
     }
     return LR_OK;
 }
@@ -337,18 +448,23 @@ static int64_t find_need(const int32_t *blocks, int64_t n, int32_t block)
 /* Blocks that one query block may read: sinks, chosen, window. */
 static int64_t most_refs(const struct lr_session_options *o)
 {
-    return o->top_k_blocks + lr_ceil_div(o->sinks, LR_BLOCK) + lr_ceil_div(o->window, LR_BLOCK) + 3;
+    return o->top_k_blocks + fixed_blocks(o) + 1;
 }
 
-/* One list for each query block and KV head: sinks, chosen blocks, window. */
-static struct lr_kv_list *chosen_lists(
-    const struct lr_step *step, const int32_t *chosen, const int32_t *blocks, int64_t n, const char *const *where)
+/* One list for each query block of the portion and KV head: sinks, chosen blocks, window. */
+static struct lr_kv_list *chosen_lists(const struct lr_step *step,
+                                       const struct portion *portion,
+                                       const int32_t *chosen,
+                                       const int32_t *blocks,
+                                       int64_t n,
+                                       const char *const *where)
 {
     struct lr_session *session = step->session;
     const struct lr_session_options *o = &session->options;
     int64_t kv_heads = session->kv_shape.n_kv_heads, k = o->top_k_blocks;
-    int64_t start = lr_wave_start(step->wave, session->engine->comm->rank);
-    int64_t n_query_blocks = lr_ceil_div(step->n_rows, LR_BLOCK);
+    int rank = session->engine->comm->rank;
+    int64_t start = lr_wave_start(step->wave, rank) + portion->first;
+    int64_t n_query_blocks = lr_ceil_div(portion_rows(step, portion, rank), LR_BLOCK);
     int64_t most = most_refs(o);
     struct lr_kv_ref *all_refs = LR_STEP_TABLE(session, struct lr_kv_ref, n_query_blocks * kv_heads * most);
     struct lr_kv_list *lists = LR_STEP_TABLE(session, struct lr_kv_list, n_query_blocks * kv_heads);
@@ -415,43 +531,74 @@ static void count_chosen_pairs(struct lr_step *step, const int32_t *chosen, int6
             session->pairs_seen += LR_BLOCK * lr_min_i64(LR_BLOCK, step->n_rows - i / per_block * LR_BLOCK);
 }
 
-static enum lr_status attend_sparse(struct lr_step *step,
-                                    int64_t layer,
-                                    const struct lr_projection *p,
-                                    struct lr_attention_args *args,
-                                    struct lr_error *err)
+/* `chosen` is of the portion's query blocks; NULL without chosen blocks. */
+static enum lr_status attend_portion(struct lr_step *step,
+                                     int64_t layer,
+                                     const struct portion *portion,
+                                     const int32_t *chosen,
+                                     struct lr_attention_args *args,
+                                     struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
-    int64_t k = session->options.top_k_blocks;
-    int64_t n_chosen = lr_ceil_div(step->n_rows, LR_BLOCK) * session->kv_shape.n_kv_heads * k;
-    const int32_t *chosen = NULL;
-    if (k > 0)
-        LR_TRY(select_blocks(step, layer, p, &chosen, err));
+    int rank = engine->comm->rank;
+    args->n_rows = portion_rows(step, portion, rank);
+    int64_t n_lists = lr_ceil_div(args->n_rows, LR_BLOCK) * session->kv_shape.n_kv_heads;
     struct needs needs;
-    LR_TRY(list_needs(step, chosen, n_chosen, &needs, err));
-    int64_t first = needs.first[engine->comm->rank];
-    int64_t n = needs.first[engine->comm->rank + 1] - first;
-    const int32_t *blocks = needs.blocks + first;
+    LR_TRY(list_needs(step, portion, chosen, n_lists * session->options.top_k_blocks, &needs, err));
+    int64_t n = needs.first[rank + 1] - needs.first[rank];
+    const int32_t *blocks = needs.blocks + needs.first[rank];
     const char **where = LR_STEP_TABLE(session, const char *, n);
     LR_TRY(fetch_needs(step, layer, &needs, where, err));
-    if (step->n_rows == 0)
-        return LR_OK;
-    args->window = session->options.window;
-    args->sinks = session->options.sinks;
-    struct lr_kv_list list = {0};
-    if (k > 0) {
-        args->lists = chosen_lists(step, chosen, blocks, n, where);
-        args->n_lists = lr_ceil_div(step->n_rows, LR_BLOCK) * session->kv_shape.n_kv_heads;
-        count_chosen_pairs(step, chosen, n_chosen);
+    struct lr_kv_list list = {.n_refs = n};
+    args->lists = &list;
+    args->n_lists = 1;
+    if (chosen) {
+        args->lists = chosen_lists(step, portion, chosen, blocks, n, where);
+        args->n_lists = n_lists;
     } else {
         struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n);
         for (int64_t i = 0; i < n; i++)
             refs[i] = make_ref(step, blocks[i], where[i], 0);
-        list = (struct lr_kv_list){.refs = refs, .n_refs = n};
-        args->lists = &list;
+        list.refs = refs;
     }
-    engine->ops->attention(&engine->exec, args);
+    if (args->n_rows > 0)
+        engine->ops->attention(&engine->exec, args);
+    lr_kv_gather_leave(session);
+    return LR_OK;
+}
+
+static enum lr_status attend_sparse(struct lr_step *step,
+                                    int64_t layer,
+                                    const struct lr_projection *p,
+                                    const struct lr_attention_args *all,
+                                    struct lr_error *err)
+{
+    struct lr_session *session = step->session;
+    const struct lr_kernel_ops *ops = session->engine->ops;
+    const struct lr_session_options *o = &session->options;
+    int64_t per_query_block = session->kv_shape.n_kv_heads * o->top_k_blocks;
+    const int32_t *chosen = NULL;
+    if (o->top_k_blocks > 0) {
+        LR_TRY(select_blocks(step, layer, p, &chosen, err));
+        count_chosen_pairs(step, chosen, lr_ceil_div(step->n_rows, LR_BLOCK) * per_query_block);
+    }
+    struct portion portion = {.most = most_portion_rows(&session->engine->model.dims, o)};
+    for (; portion.first < lr_wave_length(step->wave, 0); portion.first += portion.most) {
+        struct lr_step_mark mark = lr_step_mark(session);
+        struct lr_attention_args args = *all;
+        int has_rows = portion.first < step->n_rows;
+        if (has_rows) {
+            args.q = lr_act_at(ops, all->q, portion.first * all->q_stride);
+            args.positions = all->positions + portion.first;
+            args.y = lr_act_at(ops, all->y, portion.first * all->y_stride);
+        }
+        args.window = o->window;
+        args.sinks = o->sinks;
+        const int32_t *mine = chosen && has_rows ? chosen + portion.first / LR_BLOCK * per_query_block : NULL;
+        LR_TRY(attend_portion(step, layer, &portion, mine, &args, err));
+        lr_step_rewind(session, mark);
+    }
     return LR_OK;
 }
 
@@ -489,15 +636,17 @@ enum lr_status lr_attend_document(
     return LR_OK;
 }
 
-/* Blocks that one worker may receive and may send in a wave. */
-static size_t most_travelling(const struct lr_model_dims *dims, int n_workers, const struct lr_session_options *options)
+/* Blocks that one worker may receive and may send for a portion of `rows` rows. */
+static size_t most_travelling(
+    const struct lr_model_dims *dims, int n_workers, const struct lr_session_options *options, int64_t rows)
 {
     if (n_workers == 1)
         return 0;
-    int64_t needs = most_needs(options, dims), own = options->segment_tokens / LR_BLOCK;
+    int64_t needs = most_needs(options, dims, rows), own = lr_ceil_div(rows, LR_BLOCK);
     int64_t away = options->top_k_blocks > 0 ? needs : lr_max_i64(0, needs - own);
     /* What I send to each of the others is bounded by its needs and by what I hold. */
-    int64_t held = lr_ceil_div(lr_ceil_div(options->max_tokens, LR_BLOCK), n_workers) + own;
+    int64_t held =
+        lr_ceil_div(lr_ceil_div(options->max_tokens, LR_BLOCK), n_workers) + options->segment_tokens / LR_BLOCK;
     return (size_t)(away + (n_workers - 1) * lr_min_i64(away, held));
 }
 
@@ -514,15 +663,17 @@ static struct lr_step_bytes store_bytes(const struct lr_model_dims *dims, int n_
 static struct lr_step_bytes sparse_bytes(
     const struct lr_model_dims *dims, size_t block_bytes, int n_workers, const struct lr_session_options *options)
 {
-    int64_t own = options->segment_tokens / LR_BLOCK, needs = most_needs(options, dims);
-    int64_t lists = options->top_k_blocks > 0 ? own * dims->n_kv_heads : 1;
-    int64_t chosen = lists * options->top_k_blocks;
+    int64_t rows = lr_min_i64(options->segment_tokens, most_portion_rows(dims, options));
+    int64_t own = options->segment_tokens / LR_BLOCK, needs = most_needs(options, dims, rows);
+    int64_t lists = options->top_k_blocks > 0 ? lr_ceil_div(rows, LR_BLOCK) * dims->n_kv_heads : 1;
+    int64_t chosen = own * dims->n_kv_heads * options->top_k_blocks;
     struct lr_step_bytes bytes = {0};
-    bytes.tensors = lr_tensor_bytes((int64_t)most_travelling(dims, n_workers, options), block_bytes) +
+    bytes.tensors = lr_tensor_bytes((int64_t)most_travelling(dims, n_workers, options, rows), block_bytes) +
                     LR_ARENA_ALIGN_BYTES + lr_tensor_bytes(chosen, sizeof(int32_t));
     bytes.tables = lr_tensor_bytes(n_workers + 1, sizeof(int64_t)) +
                    lr_tensor_bytes((n_workers + 1) * needs, sizeof(int32_t)) +
-                   2 * lr_tensor_bytes(needs, sizeof(struct lr_kv_ref)) + 6 * lr_tensor_bytes(n_workers, sizeof(size_t)) +
+                   2 * lr_tensor_bytes(needs, sizeof(struct lr_kv_ref)) + lr_tensor_bytes(needs, sizeof(int32_t)) +
+                   lr_tensor_bytes(needs, sizeof(char *)) + 6 * lr_tensor_bytes(n_workers, sizeof(size_t)) +
                    lr_tensor_bytes(lr_ceil_div(options->max_tokens, LR_BLOCK) + 2, 1) +
                    lr_tensor_bytes(lists * most_refs(options), sizeof(struct lr_kv_ref)) +
                    lr_tensor_bytes(lists, sizeof(struct lr_kv_list)) + lr_tensor_bytes(chosen, sizeof(int32_t));
