@@ -5,7 +5,9 @@ with_device
 
 several="1 2 3 5"
 [ "$short" = 1 ] && several="1 3"
-logits() { "$longreach" logits --model $model --kv-dtype bf16 --segment-tokens 128 --quiet "$@" || fail "logits $*"; }
+kv=bf16
+[ "$device" = cuda ] && kv=auto
+logits() { "$longreach" logits --model $model --kv-dtype $kv --segment-tokens 128 --quiet "$@" || fail "logits $*"; }
 
 # A block, which is a slab here, has 64 KiB in each of two layers. The first size holds a stage and two slots (of one
 # block where attention is full, of what a query block reads where it is sparse) and nothing else.
@@ -38,7 +40,7 @@ while [ $i -lt 6 ]; do
     echo "What did the man number $i of the city say?"
     i=$((i + 1))
 done > "$work/questions"
-ask() { "$longreach" run --model $model --document "$work/document" --questions "$work/questions" --kv-dtype bf16 --segment-tokens 128 \
+ask() { "$longreach" run --model $model --document "$work/document" --questions "$work/questions" --kv-dtype $kv --segment-tokens 128 \
     --max-new-tokens 8 --temperature 0.9 --seed 3 --attention full --json "$@" 2> "$work/err" | grep -v '"summary"' ||
     fail "run $*: $(cat "$work/err")"; }
 for pages in 0 4; do
@@ -51,7 +53,7 @@ for pages in 0 4; do
 done
 
 # What cannot be is said with its numbers.
-refused() { expect 1 "$1" "$longreach" logits --model $model --kv-dtype bf16 --segment-tokens 128 --quiet --ids "$work/ids" --out "$work/no" \
+refused() { expect 1 "$1" "$longreach" logits --model $model --kv-dtype $kv --segment-tokens 128 --quiet --ids "$work/ids" --out "$work/no" \
     --attention full "$2" "$3" "$4" "$5"; }
 refused "keys and values of 5.9 MiB may take 0.1 MiB of" --kv-device-memory 128K --workers 1
 refused "takes at least 0.2 MiB" --kv-device-memory 128K --workers 1
