@@ -137,17 +137,28 @@ enum lr_status lr_job_check_memory(struct lr_job *job, const struct lr_job_docum
     return lr_session_fit(&job->engine, &options, err);
 }
 
-enum lr_status lr_job_read(struct lr_job *job,
-                           const struct lr_job_document *document,
-                           const struct lr_session_hooks *hooks,
-                           struct lr_error *err)
+enum lr_status lr_job_open_session(struct lr_job *job,
+                                   const struct lr_job_document *document,
+                                   const struct lr_session_hooks *hooks,
+                                   struct lr_error *err)
 {
     struct lr_session_options options = session_options(job, document);
-    LR_TRY(lr_session_open(&job->engine, &options, hooks, &job->session, err));
+    return lr_session_open(&job->engine, &options, hooks, &job->session, err);
+}
+
+enum lr_status lr_job_read(struct lr_job *job, const struct lr_job_document *document, struct lr_error *err)
+{
     double begin = lr_clock_seconds();
     LR_TRY(feed(job, document, err));
     job->prefill_seconds = lr_clock_seconds() - begin;
     return LR_OK;
+}
+
+enum lr_status lr_job_memory(struct lr_job *job, struct lr_memory_use *uses, struct lr_error *err)
+{
+    struct lr_memory_use mine;
+    lr_session_memory(job->session, &mine);
+    return lr_comm_all_gather(job->comm, "memory", &mine, sizeof mine, uses, err);
 }
 
 enum lr_status lr_job_peak_rss(struct lr_job *job, int64_t *bytes, struct lr_error *err)

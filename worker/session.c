@@ -1,6 +1,7 @@
 #include "worker/session.h"
 
 #include "base/log.h"
+#include "base/memory.h"
 #include "worker/kv_tier.h"
 #include "worker/plan.h"
 #include "worker/session_impl.h"
@@ -196,6 +197,7 @@ enum lr_status lr_session_open(struct lr_engine *engine,
 {
     struct lr_session_options divided = *wanted, *options = &divided;
     LR_TRY(check_options(engine, options, err));
+    size_t available = engine->ops->memory.available();
     LR_TRY(lr_session_fit(engine, options, err));
     struct lr_session *session = calloc(1, sizeof *session);
     enum lr_status status = LR_OK;
@@ -204,6 +206,9 @@ enum lr_status lr_session_open(struct lr_engine *engine,
     if (status == LR_OK) {
         session->engine = engine;
         session->options = *options;
+        session->available_bytes = available;
+        lr_session_plan(&engine->model.dims, engine->ops, 0, engine->comm->size, engine->experts_replicated, options,
+                        &session->plan);
         session->hooks = hooks ? *hooks : (struct lr_session_hooks){0};
         session->kv_shape = lr_plan_kv_shape(&engine->model.dims, options->kv_dtype);
         session->block_bytes = engine->ops->kv_block_bytes(session->kv_shape);
@@ -235,6 +240,33 @@ void lr_session_close(struct lr_session *session)
     lr_arena_release(&session->tables);
     lr_arena_release(&session->host);
     free(session);
+}
+
+/* How much of the backend's memory has gone for it. */
+static size_t taken_bytes(const struct lr_session *session)
+{
+    const struct lr_engine *engine = session->engine;
+    if (engine->ops->host_memory)
+        return lr_memory_resident(session->kv_memory.base, session->kv_memory.capacity_bytes) +
+               lr_memory_resident(session->memory.base, session->memory.capacity_bytes) +
+               lr_memory_resident(session->workspace.base, session->workspace.capacity_bytes);
+    size_t now = engine->ops->memory.available();
+    return now < session->available_bytes ? (session->available_bytes - now) / (size_t)engine->workers_on_device : 0;
+}
+
+void lr_session_memory(const struct lr_session *session, struct lr_memory_use *use)
+{
+    const struct lr_memory_plan *plan = &session->plan;
+    *use = (struct lr_memory_use){
+        .planned_bytes = plan->kv_bytes + plan->state_bytes + plan->fork_bytes + plan->workspace_bytes,
+        .reserved_bytes = session->kv_memory.capacity_bytes + session->memory.capacity_bytes +
+                          session->workspace.capacity_bytes,
+        .taken_bytes = taken_bytes(session),
+        .kv_bytes = plan->kv_bytes,
+        .host_planned_bytes = plan->kv_host_bytes,
+        .host_reserved_bytes = session->kv_host.capacity_bytes,
+        .slabs = plan->slabs,
+        .host_slabs = plan->host_slabs};
 }
 
 /* ---- the document

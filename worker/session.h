@@ -63,6 +63,16 @@ void lr_session_plan(const struct lr_model_dims *dims,
                      const struct lr_session_options *options,
                      struct lr_memory_plan *plan);
 
+/* What a session was planned to take on this worker, what it reserved, and what the memory lacks for it, in bytes. */
+struct lr_memory_use {
+    size_t planned_bytes, reserved_bytes; /* of the backend's memory, without the model's */
+    size_t taken_bytes; /* device: by how much less is free since before the session was opened, divided by the workers
+                           that share it. Host: what has been touched */
+    size_t kv_bytes;    /* of the planned ones: the document's keys and values */
+    size_t host_planned_bytes, host_reserved_bytes; /* keys and values in host memory behind it */
+    int64_t slabs, host_slabs;                      /* of each attention layer: all, and those in host memory */
+};
+
 /* Divides the document's keys and values between the backend's memory, of which `available` bytes are free, and the
  * host's: fills options->host_slabs, 0 where all of them fit and no limit of the options forbids it. With `spill` 0 they
  * go to the host's memory only where a limit says so. LR_NO_MEMORY with the numbers where not even a stage and two slots
@@ -111,6 +121,8 @@ LR_MUST_USE enum lr_status lr_session_open(struct lr_engine *engine,
                                            struct lr_session **out,
                                            struct lr_error *err);
 void lr_session_close(struct lr_session *session);
+
+void lr_session_memory(const struct lr_session *session, struct lr_memory_use *use);
 
 /* Adds document tokens. Ids must be in the vocabulary. */
 LR_MUST_USE enum lr_status

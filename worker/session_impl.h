@@ -107,6 +107,9 @@ struct lr_session {
     int64_t n_held;
     int64_t next_logit; /* index into hooks.positions */
 
+    struct lr_memory_plan plan;
+    size_t available_bytes; /* of the backend's memory before anything was reserved */
+
     struct lr_arena host;      /* host memory that lives as long as the session: held, forks */
     struct lr_arena memory;    /* backend memory that does: states, tails, forks' keys and values */
     struct lr_arena kv_memory; /* KV blocks of the document, stage and slots; backend memory */
