@@ -506,7 +506,7 @@ struct lr_moe_combine_args {
  *   aside     copy into B, mark 1 | await 0, copy into A | ...
  */
 enum lr_lane { LR_LANE_KERNELS, LR_LANE_ASIDE };
-enum { LR_MARKS = 8 };
+enum { LR_MARKS = 16 };
 
 /* The backend's memory. The copies are ordered with the kernels of `exec` and may return before they are done, but
  * for download and wait. */

@@ -116,7 +116,7 @@ const char *lr_kv_enter(struct lr_session *session, int64_t layer, int64_t slab,
         drop_first_visit(tier); /* a walk that ended early, or a longer one than the last */
     if (tier->n_visits == 0)
         start_visit(session, (struct lr_kv_visit){.layer = layer, .slab = slab});
-    if (tier->n_visits < LR_KV_SLOTS)
+    while (tier->n_visits < LR_KV_SLOTS)
         start_visit(session, visit_after(session, tier->visits[tier->n_visits - 1]));
     tier->entered = 1;
     engine->ops->memory.await(&engine->exec, LR_LANE_KERNELS, MARK_FILLED + tier->visits[0].slot);

@@ -37,7 +37,7 @@ int64_t lr_plan_slab_blocks(const struct lr_session_options *options)
 int64_t lr_plan_slot_blocks(const struct lr_model_dims *dims, const struct lr_session_options *options)
 {
     int64_t pages = options->decode_pages > 0 ? options->max_forks * dims->n_kv_heads : 0;
-    return lr_max_i64(lr_plan_slab_blocks(options), lr_max_i64(lr_sparse_query_blocks(dims, options), pages));
+    return lr_max_i64(lr_plan_slab_blocks(options), pages);
 }
 
 int64_t lr_plan_resident_blocks(const struct lr_session_options *options, int n_workers)

@@ -10,8 +10,8 @@ int64_t lr_plan_local_blocks(const struct lr_session_options *options, int n_wor
 int64_t lr_plan_fork_blocks(const struct lr_session_options *options);
 struct lr_kv_shape lr_plan_kv_shape(const struct lr_model_dims *dims, enum lr_dtype dtype);
 
-/* A worker's segments, on worker 0; their blocks at most; and blocks of a slot: a slab, or what one query block or one
- * step of forks reads at once where that is more. See kv_tier.h. */
+/* A worker's segments, on worker 0; their blocks at most; and blocks of a slot: a slab, or one page for each fork and
+ * KV head where that is more. See kv_tier.h. */
 int64_t lr_plan_slabs(const struct lr_session_options *options, int n_workers);
 int64_t lr_plan_slab_blocks(const struct lr_session_options *options);
 int64_t lr_plan_slot_blocks(const struct lr_model_dims *dims, const struct lr_session_options *options);

@@ -287,9 +287,6 @@ struct lr_step_bytes lr_ffn_bytes(
 LR_MUST_USE enum lr_status lr_ffn_prefill(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
 LR_MUST_USE enum lr_status lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer, struct lr_error *err);
 
-/* Blocks that one query block of a sparse document reads at most; 0 where attention is full. */
-int64_t lr_sparse_query_blocks(const struct lr_model_dims *dims, const struct lr_session_options *options);
-
 /* Partials of one fork step's attention: the document's segments on the fullest worker, and one
  * tail. */
 int64_t lr_fork_partials(const struct lr_session_options *options, int n_workers);

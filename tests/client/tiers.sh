@@ -30,9 +30,9 @@ compare()
 }
 positions=0,127,128,129,1300,2559,2560,4000,5119,5120,5975,5976,5977,6009
 compare full 192K 1M
-compare sparse 1472K 1536K
-compare "sparse --top-k-blocks 2" 1984K 2304K
-compare "sparse --decode-pages 3" 1472K 2M
+compare sparse 192K 1536K
+compare "sparse --top-k-blocks 2" 192K 2304K
+compare "sparse --decode-pages 3" 320K 2M
 
 head -c 9000 $book > "$work/document"
 i=0

@@ -205,26 +205,15 @@ static void attend_full_alone(struct lr_step *step, int64_t layer, struct lr_att
 /* ---- document: sparse attention
  * ----------------------------------------------------------------------------------- */
 
-/* Rows [first, first + most) of every worker's segment, as far as they exist: whole query blocks that are attended to
- * together. All of the segment, or so many that what they read of the host's tier fits a slot. */
-struct portion {
-    int64_t first, most;
-};
-
-static int64_t portion_rows(const struct lr_step *step, const struct portion *portion, int rank)
-{
-    return lr_max_i64(0, lr_min_i64(portion->most, lr_wave_length(step->wave, rank) - portion->first));
-}
-
-/* The blocks that worker r's rows of this portion read: [0, sink_end) and [window_first, end). */
+/* The blocks that worker r's segment of this wave reads: [0, sink_end) and [window_first, end). */
 struct reach {
     int64_t sink_end, window_first, end;
 };
 
-static struct reach reach_of(const struct lr_step *step, const struct portion *portion, int rank)
+static struct reach reach_of(const struct lr_step *step, int rank)
 {
     const struct lr_session_options *o = &step->session->options;
-    int64_t start = lr_wave_start(step->wave, rank) + portion->first, n = portion_rows(step, portion, rank);
+    int64_t start = lr_wave_start(step->wave, rank), n = lr_wave_length(step->wave, rank);
     struct reach reach = {0};
     if (n == 0)
         return reach;
@@ -234,44 +223,31 @@ static struct reach reach_of(const struct lr_step *step, const struct portion *p
     return reach;
 }
 
-/* Blocks that each worker needs for its rows, ascending, its own among them. */
+/* Blocks that each worker needs for its segment, ascending, its own among them: blocks[first[r] .. end[r]). */
 struct needs {
-    int64_t *first; /* [n_workers + 1] offsets into blocks */
+    int64_t *first, *end; /* [n_workers] */
     int32_t *blocks;
 };
 
-/* Blocks that the sinks and the window may span in front of a row, its own block among them. */
-static int64_t fixed_blocks(const struct lr_session_options *o)
+static struct needs new_needs(struct lr_session *session, int32_t *blocks)
 {
-    return lr_ceil_div(o->window, LR_BLOCK) + lr_ceil_div(o->sinks, LR_BLOCK) + 2;
+    int n_workers = session->engine->comm->size;
+    return (struct needs){.first = LR_STEP_TABLE(session, int64_t, n_workers),
+                          .end = LR_STEP_TABLE(session, int64_t, n_workers),
+                          .blocks = blocks};
 }
 
-int64_t lr_sparse_query_blocks(const struct lr_model_dims *dims, const struct lr_session_options *o)
+/* Most blocks one worker may need in a wave; all of what lies before it at the worst. */
+static int64_t most_needs(const struct lr_session_options *o, const struct lr_model_dims *dims)
 {
-    return o->attention == LR_ATTENTION_SPARSE ? fixed_blocks(o) + dims->n_kv_heads * o->top_k_blocks : 0;
+    int64_t own = o->segment_tokens / LR_BLOCK;
+    int64_t fixed = own + lr_ceil_div(o->window, LR_BLOCK) + lr_ceil_div(o->sinks, LR_BLOCK) + 2;
+    return lr_min_i64(fixed + own * dims->n_kv_heads * o->top_k_blocks, lr_ceil_div(o->max_tokens, LR_BLOCK) + 1);
 }
 
-/* Of every worker's segment, at once. */
-static int64_t most_portion_rows(const struct lr_model_dims *dims, const struct lr_session_options *o)
+static int64_t list_fixed_needs(const struct lr_step *step, int rank, int32_t *blocks)
 {
-    if (o->host_slabs == 0 || o->top_k_blocks == 0)
-        return o->segment_tokens;
-    int64_t query_blocks = (lr_plan_slot_blocks(dims, o) - fixed_blocks(o)) / (dims->n_kv_heads * o->top_k_blocks);
-    return lr_min_i64(o->segment_tokens, query_blocks * LR_BLOCK);
-}
-
-/* Most blocks one worker may need for `rows` rows; all of what lies before it at the worst. */
-static int64_t most_needs(const struct lr_session_options *o, const struct lr_model_dims *dims, int64_t rows)
-{
-    int64_t own = lr_ceil_div(rows, LR_BLOCK);
-    return lr_min_i64(own + fixed_blocks(o) + own * dims->n_kv_heads * o->top_k_blocks,
-                      lr_ceil_div(o->max_tokens, LR_BLOCK) + 1);
-}
-
-static int64_t
-list_fixed_needs(const struct lr_step *step, const struct portion *portion, int rank, int32_t *blocks)
-{
-    struct reach reach = reach_of(step, portion, rank);
+    struct reach reach = reach_of(step, rank);
     int64_t n = 0;
     for (int64_t b = 0; b < reach.sink_end; b++)
         blocks[n++] = (int32_t)b;
@@ -298,35 +274,69 @@ static int64_t merge_chosen(
     return n;
 }
 
-static enum lr_status list_needs(struct lr_step *step,
-                                 const struct portion *portion,
-                                 const int32_t *chosen,
-                                 int64_t n_chosen,
-                                 struct needs *needs,
-                                 struct lr_error *err)
+static enum lr_status
+list_needs(struct lr_step *step, const int32_t *chosen, int64_t n_chosen, struct needs *needs, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->comm;
-    int64_t most = most_needs(&session->options, &session->engine->model.dims, portion->most);
-    needs->first = LR_STEP_TABLE(session, int64_t, comm->size + 1);
-    needs->blocks = LR_STEP_TABLE(session, int32_t, comm->size * most);
-    needs->first[0] = 0;
+    int64_t most = most_needs(&session->options, &session->engine->model.dims), total = 0;
+    *needs = new_needs(session, LR_STEP_TABLE(session, int32_t, comm->size * most));
     if (session->options.top_k_blocks == 0) {
-        for (int r = 0; r < comm->size; r++)
-            needs->first[r + 1] = needs->first[r] + list_fixed_needs(step, portion, r, needs->blocks + needs->first[r]);
+        for (int r = 0; r < comm->size; r++) {
+            needs->first[r] = total;
+            total += list_fixed_needs(step, r, needs->blocks + total);
+            needs->end[r] = total;
+        }
         return LR_OK;
     }
     int32_t *mine = LR_STEP_TABLE(session, int32_t, most);
-    int64_t n = list_fixed_needs(step, portion, comm->rank, mine);
-    n = merge_chosen(session, chosen, n_chosen, mine, n, reach_of(step, portion, comm->rank).end + 1);
+    int64_t n = list_fixed_needs(step, comm->rank, mine);
+    n = merge_chosen(session, chosen, n_chosen, mine, n, reach_of(step, comm->rank).end + 1);
     int64_t *counts = LR_STEP_TABLE(session, int64_t, comm->size);
     LR_TRY(lr_comm_all_gather(comm, "number of needed blocks", &n, sizeof n, counts, err));
     size_t *sizes = LR_STEP_TABLE(session, size_t, comm->size);
     for (int r = 0; r < comm->size; r++) {
         sizes[r] = (size_t)counts[r] * sizeof(int32_t);
-        needs->first[r + 1] = needs->first[r] + counts[r];
+        needs->first[r] = total;
+        total += counts[r];
+        needs->end[r] = total;
     }
     return lr_comm_all_gather_v(comm, "needed blocks", mine, sizes, needs->blocks, err);
+}
+
+/* Index of `block` in an ascending list [n], or of the first one behind it. */
+static int64_t find_block(const int32_t *blocks, int64_t n, int64_t block)
+{
+    int64_t low = 0, high = n;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        if (blocks[middle] < block)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* The needs from block `first` on that are fetched and folded together: all, or, with a tier in host memory, so many that
+ * nobody's fill more than a slot, not counting the own segment's. The same on all workers, for they know all needs.
+ * *end: the block that comes next. */
+static struct needs cut_needs(const struct lr_step *step, const struct needs *all, int64_t first, int64_t *end)
+{
+    struct lr_session *session = step->session;
+    int n_workers = session->engine->comm->size;
+    struct needs cut = new_needs(session, all->blocks);
+    *end = lr_ceil_div(step->wave->end, LR_BLOCK);
+    for (int r = 0; r < n_workers; r++)
+        cut.first[r] = all->first[r] + find_block(all->blocks + all->first[r], all->end[r] - all->first[r], first);
+    for (int r = 0; r < n_workers && lr_kv_is_tiered(session); r++) {
+        int64_t past = cut.first[r] + session->tier.slot_blocks;
+        if (past < all->end[r] && all->blocks[past] < lr_wave_start(step->wave, r) / LR_BLOCK)
+            *end = lr_min_i64(*end, all->blocks[past]);
+    }
+    for (int r = 0; r < n_workers; r++)
+        cut.end[r] = all->first[r] + find_block(all->blocks + all->first[r], all->end[r] - all->first[r], *end);
+    return cut;
 }
 
 /* Blocks that travel: bytes to and from every worker. */
@@ -344,7 +354,7 @@ static struct travel count_travel(const struct lr_step *step, const struct needs
     memset(travel.send, 0, (size_t)comm->size * sizeof *travel.send);
     memset(travel.receive, 0, (size_t)comm->size * sizeof *travel.receive);
     for (int r = 0; r < comm->size; r++)
-        for (int64_t i = needs->first[r]; i < needs->first[r + 1]; i++) {
+        for (int64_t i = needs->first[r]; i < needs->end[r]; i++) {
             int owner = lr_session_block_owner(session, needs->blocks[i]);
             if (owner == comm->rank && r != comm->rank)
                 travel.send[r] += session->block_bytes, travel.n_send++;
@@ -396,10 +406,10 @@ fetch_needs(struct lr_step *step, int64_t layer, const struct needs *needs, cons
         return lr_fail(err, LR_INTERNAL, "workspace for %lld + %lld travelling blocks was not planned",
                        (long long)travel.n_send, (long long)travel.n_receive);
     int64_t first = needs->first[comm->rank];
-    place_mine(step, layer, needs->blocks + first, needs->first[comm->rank + 1] - first, where);
+    place_mine(step, layer, needs->blocks + first, needs->end[comm->rank] - first, where);
     char *next = outgoing;
     for (int r = 0; r < comm->size; r++)
-        for (int64_t i = needs->first[r]; r != comm->rank && i < needs->first[r + 1]; i++)
+        for (int64_t i = needs->first[r]; r != comm->rank && i < needs->end[r]; i++)
             if (lr_session_block_owner(session, needs->blocks[i]) == comm->rank) {
                 engine->ops->memory.copy(&engine->exec, next, my_block(step, layer, needs->blocks[i]),
                                          session->block_bytes);
@@ -412,7 +422,7 @@ fetch_needs(struct lr_step *step, int64_t layer, const struct needs *needs, cons
         offsets[r] = offset;
         offset += travel.receive[r];
     }
-    for (int64_t i = first; i < needs->first[comm->rank + 1]; i++) {
+    for (int64_t i = first; i < needs->end[comm->rank]; i++) {
         int owner = lr_session_block_owner(session, needs->blocks[i]);
         if (owner == comm->rank)
             continue;
@@ -431,40 +441,37 @@ static struct lr_kv_ref make_ref(const struct lr_step *step, int64_t block, cons
                               .whole = whole};
 }
 
-/* Index of `block` among my needs. */
-static int64_t find_need(const int32_t *blocks, int64_t n, int32_t block)
-{
-    int64_t low = 0, high = n - 1;
-    while (low < high) {
-        int64_t middle = (low + high) / 2;
-        if (blocks[middle] < block)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
-}
-
 /* Blocks that one query block may read: sinks, chosen, window. */
 static int64_t most_refs(const struct lr_session_options *o)
 {
-    return o->top_k_blocks + fixed_blocks(o) + 1;
+    return o->top_k_blocks + lr_ceil_div(o->sinks, LR_BLOCK) + lr_ceil_div(o->window, LR_BLOCK) + 3;
 }
 
-/* One list for each query block of the portion and KV head: sinks, chosen blocks, window. */
-static struct lr_kv_list *chosen_lists(const struct lr_step *step,
-                                       const struct portion *portion,
-                                       const int32_t *chosen,
-                                       const int32_t *blocks,
-                                       int64_t n,
-                                       const char *const *where)
+/* My blocks that are folded together: blocks[i] is at where[i]. */
+struct placed {
+    const int32_t *blocks;
+    const char **where;
+    int64_t n;
+};
+
+/* Adds the block to a list where it is among the placed ones. */
+static void
+add_ref(const struct lr_step *step, const struct placed *placed, int64_t block, int whole, struct lr_kv_ref *refs, int64_t *n)
+{
+    int64_t i = find_block(placed->blocks, placed->n, block);
+    if (i < placed->n && placed->blocks[i] == block)
+        refs[(*n)++] = make_ref(step, block, placed->where[i], whole);
+}
+
+/* One list for each query block and KV head: sinks, chosen blocks, window, as far as they are placed. */
+static struct lr_kv_list *
+chosen_lists(const struct lr_step *step, const int32_t *chosen, const struct placed *placed)
 {
     struct lr_session *session = step->session;
     const struct lr_session_options *o = &session->options;
     int64_t kv_heads = session->kv_shape.n_kv_heads, k = o->top_k_blocks;
-    int rank = session->engine->comm->rank;
-    int64_t start = lr_wave_start(step->wave, rank) + portion->first;
-    int64_t n_query_blocks = lr_ceil_div(portion_rows(step, portion, rank), LR_BLOCK);
+    int64_t start = lr_wave_start(step->wave, session->engine->comm->rank);
+    int64_t n_query_blocks = lr_ceil_div(step->n_rows, LR_BLOCK);
     int64_t most = most_refs(o);
     struct lr_kv_ref *all_refs = LR_STEP_TABLE(session, struct lr_kv_ref, n_query_blocks * kv_heads * most);
     struct lr_kv_list *lists = LR_STEP_TABLE(session, struct lr_kv_list, n_query_blocks * kv_heads);
@@ -475,14 +482,12 @@ static struct lr_kv_list *chosen_lists(const struct lr_step *step,
         struct lr_kv_ref *refs = all_refs + i * most;
         int64_t m = 0;
         for (int64_t b = 0; b < sink_end; b++)
-            refs[m++] = make_ref(step, b, where[find_need(blocks, n, (int32_t)b)], 0);
-        for (int64_t j = 0; j < k; j++) {
-            int32_t b = chosen[i * k + j];
-            if (b >= 0)
-                refs[m++] = make_ref(step, b, where[find_need(blocks, n, b)], 1);
-        }
+            add_ref(step, placed, b, 0, refs, &m);
+        for (int64_t j = 0; j < k; j++)
+            if (chosen[i * k + j] >= 0)
+                add_ref(step, placed, chosen[i * k + j], 1, refs, &m);
         for (int64_t b = window_first; b <= query_block; b++)
-            refs[m++] = make_ref(step, b, where[find_need(blocks, n, (int32_t)b)], 0);
+            add_ref(step, placed, b, 0, refs, &m);
         lists[i] = (struct lr_kv_list){.refs = refs, .n_refs = m};
     }
     return lists;
@@ -531,39 +536,35 @@ static void count_chosen_pairs(struct lr_step *step, const int32_t *chosen, int6
             session->pairs_seen += LR_BLOCK * lr_min_i64(LR_BLOCK, step->n_rows - i / per_block * LR_BLOCK);
 }
 
-/* `chosen` is of the portion's query blocks; NULL without chosen blocks. */
-static enum lr_status attend_portion(struct lr_step *step,
-                                     int64_t layer,
-                                     const struct portion *portion,
-                                     const int32_t *chosen,
-                                     struct lr_attention_args *args,
-                                     struct lr_error *err)
+/* Fetches these needs and folds them. `chosen` is NULL without chosen blocks. */
+static enum lr_status attend_needs(struct lr_step *step,
+                                   int64_t layer,
+                                   const struct needs *needs,
+                                   const int32_t *chosen,
+                                   struct lr_attention_args *args,
+                                   struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_engine *engine = session->engine;
     int rank = engine->comm->rank;
-    args->n_rows = portion_rows(step, portion, rank);
-    int64_t n_lists = lr_ceil_div(args->n_rows, LR_BLOCK) * session->kv_shape.n_kv_heads;
-    struct needs needs;
-    LR_TRY(list_needs(step, portion, chosen, n_lists * session->options.top_k_blocks, &needs, err));
-    int64_t n = needs.first[rank + 1] - needs.first[rank];
-    const int32_t *blocks = needs.blocks + needs.first[rank];
-    const char **where = LR_STEP_TABLE(session, const char *, n);
-    LR_TRY(fetch_needs(step, layer, &needs, where, err));
-    struct lr_kv_list list = {.n_refs = n};
-    args->lists = &list;
-    args->n_lists = 1;
+    struct placed placed = {.blocks = needs->blocks + needs->first[rank], .n = needs->end[rank] - needs->first[rank]};
+    placed.where = LR_STEP_TABLE(session, const char *, placed.n);
+    LR_TRY(fetch_needs(step, layer, needs, placed.where, err));
+    struct lr_kv_list list = {.n_refs = placed.n};
     if (chosen) {
-        args->lists = chosen_lists(step, portion, chosen, blocks, n, where);
-        args->n_lists = n_lists;
+        args->lists = chosen_lists(step, chosen, &placed);
+        args->n_lists = lr_ceil_div(step->n_rows, LR_BLOCK) * session->kv_shape.n_kv_heads;
     } else {
-        struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n);
-        for (int64_t i = 0; i < n; i++)
-            refs[i] = make_ref(step, blocks[i], where[i], 0);
+        struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, placed.n);
+        for (int64_t i = 0; i < placed.n; i++)
+            refs[i] = make_ref(step, placed.blocks[i], placed.where[i], 0);
         list.refs = refs;
+        args->lists = &list;
     }
-    if (args->n_rows > 0)
+    if (step->n_rows > 0 && (placed.n > 0 || args->y)) {
         engine->ops->attention(&engine->exec, args);
+        args->first = 0;
+    }
     lr_kv_gather_leave(session);
     return LR_OK;
 }
@@ -571,32 +572,28 @@ static enum lr_status attend_portion(struct lr_step *step,
 static enum lr_status attend_sparse(struct lr_step *step,
                                     int64_t layer,
                                     const struct lr_projection *p,
-                                    const struct lr_attention_args *all,
+                                    struct lr_attention_args *args,
                                     struct lr_error *err)
 {
     struct lr_session *session = step->session;
-    const struct lr_kernel_ops *ops = session->engine->ops;
     const struct lr_session_options *o = &session->options;
-    int64_t per_query_block = session->kv_shape.n_kv_heads * o->top_k_blocks;
+    int64_t n_chosen = lr_ceil_div(step->n_rows, LR_BLOCK) * session->kv_shape.n_kv_heads * o->top_k_blocks;
     const int32_t *chosen = NULL;
     if (o->top_k_blocks > 0) {
         LR_TRY(select_blocks(step, layer, p, &chosen, err));
-        count_chosen_pairs(step, chosen, lr_ceil_div(step->n_rows, LR_BLOCK) * per_query_block);
+        count_chosen_pairs(step, chosen, n_chosen);
     }
-    struct portion portion = {.most = most_portion_rows(&session->engine->model.dims, o)};
-    for (; portion.first < lr_wave_length(step->wave, 0); portion.first += portion.most) {
+    struct needs needs;
+    LR_TRY(list_needs(step, chosen, n_chosen, &needs, err));
+    args->window = o->window;
+    args->sinks = o->sinks;
+    lr_act *y = args->y;
+    int64_t last = lr_ceil_div(step->wave->end, LR_BLOCK);
+    for (int64_t first = 0, end; first < last; first = end) {
         struct lr_step_mark mark = lr_step_mark(session);
-        struct lr_attention_args args = *all;
-        int has_rows = portion.first < step->n_rows;
-        if (has_rows) {
-            args.q = lr_act_at(ops, all->q, portion.first * all->q_stride);
-            args.positions = all->positions + portion.first;
-            args.y = lr_act_at(ops, all->y, portion.first * all->y_stride);
-        }
-        args.window = o->window;
-        args.sinks = o->sinks;
-        const int32_t *mine = chosen && has_rows ? chosen + portion.first / LR_BLOCK * per_query_block : NULL;
-        LR_TRY(attend_portion(step, layer, &portion, mine, &args, err));
+        struct needs cut = cut_needs(step, &needs, first, &end);
+        args->y = end == last ? y : NULL;
+        LR_TRY(attend_needs(step, layer, &cut, chosen, args, err));
         lr_step_rewind(session, mark);
     }
     return LR_OK;
@@ -636,17 +633,17 @@ enum lr_status lr_attend_document(
     return LR_OK;
 }
 
-/* Blocks that one worker may receive and may send for a portion of `rows` rows. */
-static size_t most_travelling(
-    const struct lr_model_dims *dims, int n_workers, const struct lr_session_options *options, int64_t rows)
+/* Blocks that one worker may receive and may send at once. */
+static size_t most_travelling(const struct lr_model_dims *dims, int n_workers, const struct lr_session_options *options)
 {
     if (n_workers == 1)
         return 0;
-    int64_t needs = most_needs(options, dims, rows), own = lr_ceil_div(rows, LR_BLOCK);
+    int64_t needs = most_needs(options, dims), own = options->segment_tokens / LR_BLOCK;
     int64_t away = options->top_k_blocks > 0 ? needs : lr_max_i64(0, needs - own);
+    if (options->host_slabs > 0)
+        away = lr_min_i64(away, lr_plan_slot_blocks(dims, options));
     /* What I send to each of the others is bounded by its needs and by what I hold. */
-    int64_t held =
-        lr_ceil_div(lr_ceil_div(options->max_tokens, LR_BLOCK), n_workers) + options->segment_tokens / LR_BLOCK;
+    int64_t held = lr_ceil_div(lr_ceil_div(options->max_tokens, LR_BLOCK), n_workers) + own;
     return (size_t)(away + (n_workers - 1) * lr_min_i64(away, held));
 }
 
@@ -663,14 +660,13 @@ static struct lr_step_bytes store_bytes(const struct lr_model_dims *dims, int n_
 static struct lr_step_bytes sparse_bytes(
     const struct lr_model_dims *dims, size_t block_bytes, int n_workers, const struct lr_session_options *options)
 {
-    int64_t rows = lr_min_i64(options->segment_tokens, most_portion_rows(dims, options));
-    int64_t own = options->segment_tokens / LR_BLOCK, needs = most_needs(options, dims, rows);
-    int64_t lists = options->top_k_blocks > 0 ? lr_ceil_div(rows, LR_BLOCK) * dims->n_kv_heads : 1;
-    int64_t chosen = own * dims->n_kv_heads * options->top_k_blocks;
+    int64_t own = options->segment_tokens / LR_BLOCK, needs = most_needs(options, dims);
+    int64_t lists = options->top_k_blocks > 0 ? own * dims->n_kv_heads : 1;
+    int64_t chosen = lists * options->top_k_blocks;
     struct lr_step_bytes bytes = {0};
-    bytes.tensors = lr_tensor_bytes((int64_t)most_travelling(dims, n_workers, options, rows), block_bytes) +
+    bytes.tensors = lr_tensor_bytes((int64_t)most_travelling(dims, n_workers, options), block_bytes) +
                     LR_ARENA_ALIGN_BYTES + lr_tensor_bytes(chosen, sizeof(int32_t));
-    bytes.tables = lr_tensor_bytes(n_workers + 1, sizeof(int64_t)) +
+    bytes.tables = 4 * lr_tensor_bytes(n_workers, sizeof(int64_t)) +
                    lr_tensor_bytes((n_workers + 1) * needs, sizeof(int32_t)) +
                    2 * lr_tensor_bytes(needs, sizeof(struct lr_kv_ref)) + lr_tensor_bytes(needs, sizeof(int32_t)) +
                    lr_tensor_bytes(needs, sizeof(char *)) + 6 * lr_tensor_bytes(n_workers, sizeof(size_t)) +
