@@ -107,7 +107,8 @@ int lr_command_inspect(int argc, char **argv)
         .usage = "inspect DIR [--tokens N] [--workers P] [OPTIONS]",
         .summary = "Shows a model's layers, parameters and state, and the memory that a document would need.",
         .examples = "  longreach inspect models/longreach-tiny --tokens 10000000 --workers 2 --kv-dtype bf16\n"
-                    "  longreach inspect models/longreach-tiny --segment-tokens 65536 --kv-dtype bf16 --kv-device-memory 256M\n"};
+                    "  longreach inspect models/longreach-tiny --segment-tokens 65536 --kv-dtype bf16 "
+                    "--kv-device-memory 256M\n"};
     static const char *const kv_choices[] = {"f32", "bf16", NULL};
     struct inspect in = {.tokens = 1000000, .workers = 1, .questions = 1, .segment_tokens = LR_DEFAULT_SEGMENT_TOKENS};
     int n_operands;
@@ -156,7 +157,8 @@ int lr_command_inspect(int argc, char **argv)
         {.kind = LR_OPTION_FLAG, .name = "replicated", .out = &in.replicated, .help = "every worker holds all experts"},
         {.kind = LR_OPTION_FLAG, .name = "help", .out = &in.help, .help = "this text"},
     };
-    int code = lr_command_parse(&text, options, sizeof options / sizeof options[0], &in.help, argc, argv, &in.model, 1, &n_operands);
+    int code = lr_command_parse(&text, options, sizeof options / sizeof options[0], &in.help, argc, argv, &in.model, 1,
+                                &n_operands);
     if (code >= 0)
         return code;
     if (n_operands != 1)

@@ -158,12 +158,12 @@ static void print_json(const struct needle *n, const struct needle_result *r)
         json_array_append_new(memory, json_integer(r->peak_rss[w]));
         json_array_append_new(load, json_integer(r->expert_rows[w]));
     }
-    json_t *summary = json_pack(
-        "{s:{s:I, s:I, s:I, s:i, s:s, s:f, s:f, s:f, s:o, s:o, s:o}}", "summary", "document_tokens", (json_int_t)r->n_tokens,
-        "needles", (json_int_t)n->n_needles, "found", (json_int_t)r->n_found, "workers", n->job.comm->size, "attention",
-        lr_attention_text(&n->job), "attention_density", r->density, "prefill_seconds", n->job.prefill_seconds,
-        "decode_seconds", n->questions.decode_seconds, "peak_rss_bytes", memory, "expert_rows", load, "memory",
-        lr_memory_json(r->memory, n->job.comm->size));
+    json_t *summary = json_pack("{s:{s:I, s:I, s:I, s:i, s:s, s:f, s:f, s:f, s:o, s:o, s:o}}", "summary",
+                                "document_tokens", (json_int_t)r->n_tokens, "needles", (json_int_t)n->n_needles,
+                                "found", (json_int_t)r->n_found, "workers", n->job.comm->size, "attention",
+                                lr_attention_text(&n->job), "attention_density", r->density, "prefill_seconds",
+                                n->job.prefill_seconds, "decode_seconds", n->questions.decode_seconds, "peak_rss_bytes",
+                                memory, "expert_rows", load, "memory", lr_memory_json(r->memory, n->job.comm->size));
     char *text = json_dumps(summary, JSON_COMPACT | JSON_REAL_PRECISION(9));
     puts(text ? text : "");
     free(text);

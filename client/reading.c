@@ -33,12 +33,12 @@ json_t *lr_memory_json(const struct lr_memory_use *uses, int n_workers)
 {
     json_t *memory = json_array();
     for (int r = 0; r < n_workers; r++)
-        json_array_append_new(memory, json_pack("{s:I, s:I, s:I, s:I, s:I}", "planned_bytes",
-                                                (json_int_t)uses[r].planned_bytes, "reserved_bytes",
-                                                (json_int_t)uses[r].reserved_bytes, "taken_bytes",
-                                                (json_int_t)uses[r].taken_bytes, "host_planned_bytes",
-                                                (json_int_t)uses[r].host_planned_bytes, "host_reserved_bytes",
-                                                (json_int_t)uses[r].host_reserved_bytes));
+        json_array_append_new(memory,
+                              json_pack("{s:I, s:I, s:I, s:I, s:I}", "planned_bytes", (json_int_t)uses[r].planned_bytes,
+                                        "reserved_bytes", (json_int_t)uses[r].reserved_bytes, "taken_bytes",
+                                        (json_int_t)uses[r].taken_bytes, "host_planned_bytes",
+                                        (json_int_t)uses[r].host_planned_bytes, "host_reserved_bytes",
+                                        (json_int_t)uses[r].host_reserved_bytes));
     return memory;
 }
 

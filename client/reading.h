@@ -34,8 +34,8 @@ LR_MUST_USE enum lr_status lr_reading_run(struct lr_reading *reading,
                                           int64_t max_fork_tokens,
                                           struct lr_error *err);
 
-/* Of the worker with the most: "2.10 GiB of GPU memory planned, 2.11 taken; 0.80 GiB of host memory for keys and values".
- * In a static buffer. */
+/* Of the worker with the most: "2.10 GiB of GPU memory planned, 2.11 taken; 0.80 GiB of host memory for keys and
+ * values". In a static buffer. */
 const char *lr_memory_text(const struct lr_job *job, const struct lr_memory_use *uses);
 /* The same of every worker, an object each. */
 json_t *lr_memory_json(const struct lr_memory_use *uses, int n_workers);

@@ -101,10 +101,9 @@ static void print_json(const struct run *run, int64_t document_tokens, const str
         json_array_append_new(memory, json_integer(totals->peak_rss[r]));
     print_json_line(json_pack("{s:{s:I, s:i, s:s, s:f, s:f, s:f, s:o, s:o}}", "summary", "document_tokens",
                               (json_int_t)document_tokens, "workers", run->job.comm->size, "attention",
-                              lr_attention_text(&run->job), "attention_density", totals->density,
-                              "prefill_seconds", run->job.prefill_seconds, "decode_seconds", q->decode_seconds,
-                              "peak_rss_bytes", memory, "memory",
-                              lr_memory_json(totals->memory, run->job.comm->size)));
+                              lr_attention_text(&run->job), "attention_density", totals->density, "prefill_seconds",
+                              run->job.prefill_seconds, "decode_seconds", q->decode_seconds, "peak_rss_bytes", memory,
+                              "memory", lr_memory_json(totals->memory, run->job.comm->size)));
 }
 
 static void print_table(const struct run *run, int64_t document_tokens, const struct run_totals *totals)

@@ -105,7 +105,8 @@ void lr_settings_options(struct lr_settings *s, int generates, struct lr_option 
          .argument = "TYPE",
          .out = &s->kv_dtype,
          .choices = kv_choices,
-         .help = "f32, bf16 (half the memory for keys and values) or auto: f32 on the CPU; on GPUs the type of the activations"},
+         .help = "f32, bf16 (half the memory for keys and values) or auto: f32 on the CPU; on GPUs the type of the "
+                 "activations"},
         {.kind = LR_OPTION_SIZE,
          .name = "kv-device-memory",
          .argument = "SIZE",
@@ -127,8 +128,8 @@ void lr_settings_options(struct lr_settings *s, int generates, struct lr_option 
          .out = &s->segment_tokens,
          .lowest = LR_MIN_SEGMENT_TOKENS,
          .highest = LR_MAX_SEGMENT_TOKENS,
-         .help =
-             "tokens of a segment, a power of two (default 4096, on GPUs 65536); another one gives slightly other numbers"},
+         .help = "tokens of a segment, a power of two (default 4096, on GPUs 65536); another one gives slightly other "
+                 "numbers"},
         {.kind = LR_OPTION_FLAG,
          .name = "parse-special",
          .out = &s->parse_special,

@@ -546,7 +546,7 @@ struct lr_memory_ops {
     void (*copy_aside)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes);
     /* `mark` (0 .. LR_MARKS - 1) is where `lane` stands now; it forgets where it was. */
     void (*mark)(const struct lr_exec *exec, enum lr_lane lane, int mark);
-    /* What is launched in `lane` from now on starts after what lay before the mark. A mark never set holds nobody up. */
+    /* What is launched in `lane` from now on starts after what lay before the mark; one never set holds nobody up. */
     void (*await)(const struct lr_exec *exec, enum lr_lane lane, int mark);
 };
 

@@ -43,9 +43,9 @@ void lr_kv_own_begin(const struct lr_step *step)
     lr_kv_settle(session);
     /* keys that do not exist yet are zero, whatever lay on the stage before */
     if (own_is_staged(step) && step->n_rows % LR_KV_BLOCK_TOKENS != 0)
-        engine->ops->memory.zero(&engine->exec,
-                                 session->tier.stage + (size_t)(step->n_rows / LR_KV_BLOCK_TOKENS) * session->block_bytes,
-                                 session->block_bytes);
+        engine->ops->memory.zero(
+            &engine->exec, session->tier.stage + (size_t)(step->n_rows / LR_KV_BLOCK_TOKENS) * session->block_bytes,
+            session->block_bytes);
 }
 
 void lr_kv_own_save(const struct lr_step *step, int64_t layer)

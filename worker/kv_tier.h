@@ -9,9 +9,9 @@
  * Where all of them are, there is no stage, slot or host memory, and nothing here costs anything. Otherwise
  *
  *   - rows are stored on the stage, attended to from there, and copied home beside the kernels;
- *   - a walk (full attention, forks) visits the host's slabs in ascending order, layer after layer. While a slab is being
- *     read in one slot the next one comes into the other, across the end of a layer and of a wave too: what comes after
- *     this visit is known. Attention folds one slab after the other; several calls give the bits of one;
+ *   - a walk (full attention, forks) visits the host's slabs in ascending order, layer after layer. While a slab is
+ * being read in one slot the next one comes into the other, across the end of a layer and of a wave too: what comes
+ * after this visit is known. Attention folds one slab after the other; several calls give the bits of one;
  *   - a gather (sparse attention, chosen pages) brings single blocks into a slot, the two slots in turn.
  *
  * The lanes (see kernels/ops.h) and their marks keep copies and kernels apart. */

@@ -244,8 +244,8 @@ enum lr_status lr_session_divide(const struct lr_model_dims *dims,
                        "(--segment-tokens, now %lld)",
                        mib(plan.kv_bytes), mib(limit), ops->host_memory ? "the backend's" : "GPU", mib(least.kv_bytes),
                        (long long)options->segment_tokens);
-    size_t slabs_bytes = (size_t)(dims->n_attention_layers * lr_plan_slab_blocks(options)) *
-                         block_bytes_of(dims, ops, options);
+    size_t slabs_bytes =
+        (size_t)(dims->n_attention_layers * lr_plan_slab_blocks(options)) * block_bytes_of(dims, ops, options);
     int64_t resident = (int64_t)((limit - least.kv_bytes) / slabs_bytes);
     options->host_slabs = plan.slabs - lr_min_i64(resident, plan.slabs - 1);
     return LR_OK;

@@ -60,13 +60,15 @@ static enum lr_status check_plan(const struct lr_engine *engine,
                        gib(plan.state_bytes), gib(plan.fork_bytes), gib(plan.workspace_bytes), gib(available));
     int sharing = engine->comm->host_workers > 0 ? engine->comm->host_workers : 1;
     size_t free_bytes = memory->available_host() / (size_t)sharing;
-    size_t host = options->kv_host_bytes > 0 && options->kv_host_bytes < free_bytes ? options->kv_host_bytes : free_bytes;
+    size_t host =
+        options->kv_host_bytes > 0 && options->kv_host_bytes < free_bytes ? options->kv_host_bytes : free_bytes;
     if (plan.kv_host_bytes > host)
-        return lr_fail(err, LR_NO_MEMORY,
-                       "%lld tokens on %d workers have %.2f GiB of keys and values a worker that the backend's memory does "
-                       "not hold, and %.2f GiB of host memory may be used for them; use more workers, --kv-dtype bf16, a "
-                       "larger --kv-host-memory or a shorter document",
-                       (long long)options->max_tokens, engine->comm->size, gib(plan.kv_host_bytes), gib(host));
+        return lr_fail(
+            err, LR_NO_MEMORY,
+            "%lld tokens on %d workers have %.2f GiB of keys and values a worker that the backend's memory does "
+            "not hold, and %.2f GiB of host memory may be used for them; use more workers, --kv-dtype bf16, a "
+            "larger --kv-host-memory or a shorter document",
+            (long long)options->max_tokens, engine->comm->size, gib(plan.kv_host_bytes), gib(host));
     return LR_OK;
 }
 
@@ -113,7 +115,8 @@ static enum lr_status reserve(struct lr_session *session, struct lr_error *err)
         lr_plan_step_bytes(dims, engine->ops, engine->comm->size, engine->experts_replicated, o);
     LR_TRY(lr_arena_reserve(&session->host, lr_plan_host_bytes(o, engine->comm->size), err));
     LR_TRY(lr_arena_reserve(&session->tables, step.tables, err));
-    LR_TRY(reserve_backend(engine, &session->kv_memory, lr_plan_kv_bytes(dims, engine->ops, o, engine->comm->size), err));
+    LR_TRY(
+        reserve_backend(engine, &session->kv_memory, lr_plan_kv_bytes(dims, engine->ops, o, engine->comm->size), err));
     if (in_host > 0) {
         void *base;
         LR_TRY(engine->ops->memory.reserve_host(in_host, &base, err));
@@ -257,16 +260,16 @@ static size_t taken_bytes(const struct lr_session *session)
 void lr_session_memory(const struct lr_session *session, struct lr_memory_use *use)
 {
     const struct lr_memory_plan *plan = &session->plan;
-    *use = (struct lr_memory_use){
-        .planned_bytes = plan->kv_bytes + plan->state_bytes + plan->fork_bytes + plan->workspace_bytes,
-        .reserved_bytes = session->kv_memory.capacity_bytes + session->memory.capacity_bytes +
-                          session->workspace.capacity_bytes,
-        .taken_bytes = taken_bytes(session),
-        .kv_bytes = plan->kv_bytes,
-        .host_planned_bytes = plan->kv_host_bytes,
-        .host_reserved_bytes = session->kv_host.capacity_bytes,
-        .slabs = plan->slabs,
-        .host_slabs = plan->host_slabs};
+    *use = (struct lr_memory_use){.planned_bytes =
+                                      plan->kv_bytes + plan->state_bytes + plan->fork_bytes + plan->workspace_bytes,
+                                  .reserved_bytes = session->kv_memory.capacity_bytes + session->memory.capacity_bytes +
+                                                    session->workspace.capacity_bytes,
+                                  .taken_bytes = taken_bytes(session),
+                                  .kv_bytes = plan->kv_bytes,
+                                  .host_planned_bytes = plan->kv_host_bytes,
+                                  .host_reserved_bytes = session->kv_host.capacity_bytes,
+                                  .slabs = plan->slabs,
+                                  .host_slabs = plan->host_slabs};
 }
 
 /* ---- the document

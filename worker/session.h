@@ -40,8 +40,8 @@ struct lr_session_options {
     int64_t max_tokens;      /* document */
     int64_t max_forks;       /* alive at once */
     int64_t max_fork_tokens; /* question and answer of one fork */
-    size_t kv_device_bytes;  /* most that the document's keys and values may take of the backend's memory; 0: what is free */
-    size_t kv_host_bytes;    /* most of host memory for those that do not fit; 0: what is free */
+    size_t kv_device_bytes;  /* of the backend's memory for the document's keys and values; 0: what is free */
+    size_t kv_host_bytes;    /* of host memory for those that do not fit; 0: what is free */
     int64_t host_slabs;      /* of each layer: how many do not fit (see kv_tier.h); lr_session_open fills it in */
 };
 
@@ -50,7 +50,7 @@ struct lr_memory_plan {
     size_t weights_bytes, kv_bytes, state_bytes, fork_bytes, workspace_bytes; /* of the backend's memory */
     size_t kv_host_bytes;                                                     /* keys and values behind it */
     size_t host_bytes;                                                        /* of ordinary host memory */
-    size_t total_bytes; /* of the backend's memory, and kv_host_bytes and host_bytes where that is the host's */
+    size_t total_bytes;        /* of the backend's memory, and kv_host_bytes and host_bytes where that is the host's */
     int64_t slabs, host_slabs; /* of each attention layer: all, and those in host memory */
 };
 
@@ -74,9 +74,9 @@ struct lr_memory_use {
 };
 
 /* Divides the document's keys and values between the backend's memory, of which `available` bytes are free, and the
- * host's: fills options->host_slabs, 0 where all of them fit and no limit of the options forbids it. With `spill` 0 they
- * go to the host's memory only where a limit says so. LR_NO_MEMORY with the numbers where not even a stage and two slots
- * fit. */
+ * host's: fills options->host_slabs, 0 where all of them fit and no limit of the options forbids it. With `spill` 0
+ * they go to the host's memory only where a limit says so. LR_NO_MEMORY with the numbers where not even a stage and two
+ * slots fit. */
 LR_MUST_USE enum lr_status lr_session_divide(const struct lr_model_dims *dims,
                                              const struct lr_kernel_ops *ops,
                                              int n_workers,

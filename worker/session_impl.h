@@ -81,12 +81,12 @@ struct lr_kv_visit {
 
 /* Where the document's keys and values are; see kv_tier.h. */
 struct lr_kv_tier {
-    int64_t slab_blocks;     /* of a full slab */
-    int64_t resident_slabs;  /* of each layer, at home on the device */
-    int64_t resident_blocks; /* the same in blocks */
-    char *device;            /* [layer][resident_blocks] */
-    char *host;              /* [layer][local_blocks - resident_blocks]; NULL: all are resident */
-    char *stage;             /* [slab_blocks] */
+    int64_t slab_blocks;      /* of a full slab */
+    int64_t resident_slabs;   /* of each layer, at home on the device */
+    int64_t resident_blocks;  /* the same in blocks */
+    char *device;             /* [layer][resident_blocks] */
+    char *host;               /* [layer][local_blocks - resident_blocks]; NULL: all are resident */
+    char *stage;              /* [slab_blocks] */
     char *slots[LR_KV_SLOTS]; /* [slot_blocks] each */
     int64_t slot_blocks;
     struct lr_kv_visit visits[LR_KV_SLOTS]; /* [n_visits] in their order; the first is being read, or is next */
@@ -162,7 +162,7 @@ static inline lr_act *lr_act_at(const struct lr_kernel_ops *ops, const lr_act *b
     return (char *)base + index * (int64_t)lr_act_bytes(ops);
 }
 
-/* Number among this worker's blocks of the document's block `block` (absolute number), which must live on this worker. */
+/* Number among this worker's blocks of the document's block `block` (absolute number), which must be its own. */
 static inline int64_t lr_session_local(const struct lr_session *session, int64_t block)
 {
     int64_t per_segment = session->options.segment_tokens / LR_KV_BLOCK_TOKENS;

@@ -194,6 +194,6 @@ void copy_rows(const struct lr_exec *exec,
 
 } // namespace
 
-const struct lr_memory_ops lr_cuda_memory = {reserve,      release,   available,  reserve_host, release_host, lr_memory_available,
-                                             copy,         copy_rows, zero,       upload,       download,     lr_cuda_drain,
-                                             copy_aside,   lr_cuda_mark, lr_cuda_await};
+const struct lr_memory_ops lr_cuda_memory = {
+    reserve, release, available, reserve_host,  release_host, lr_memory_available, copy,         copy_rows,
+    zero,    upload,  download,  lr_cuda_drain, copy_aside,   lr_cuda_mark,        lr_cuda_await};

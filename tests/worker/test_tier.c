@@ -1,9 +1,9 @@
 /* Keys and values in two tiers: the division of the memory, the same bits, and the order of the two lanes.
  *
  * The session runs on a table whose lane aside is late: a copy happens only when the kernels' lane awaits a mark behind
- * it. So rows that are read without waiting are the wrong ones. The other direction is checked by a clock: a slot or the
- * stage may be written only when the lane aside has awaited a mark of the kernels' lane behind their last readers, and
- * the stage saved only behind its last store. */
+ * it. So rows that are read without waiting are the wrong ones. The other direction is checked by a clock: a slot or
+ * the stage may be written only when the lane aside has awaited a mark of the kernels' lane behind their last readers,
+ * and the stage saved only behind its last store. */
 #include "tests/worker/fixtures.h"
 #include "worker/session_impl.h"
 
@@ -26,10 +26,10 @@ static struct {
     size_t size_bytes;
 } pending[MOST_PENDING];
 static int n_pending, n_done, n_copies;
-static int behind[LR_MARKS];      /* pending copies before the mark of the lane aside */
-static int64_t clock_now;         /* of the kernels' lane */
-static int64_t marked[LR_MARKS];  /* its time at the mark */
-static int64_t seen;              /* up to which the lane aside has waited */
+static int behind[LR_MARKS];                            /* pending copies before the mark of the lane aside */
+static int64_t clock_now;                               /* of the kernels' lane */
+static int64_t marked[LR_MARKS];                        /* its time at the mark */
+static int64_t seen;                                    /* up to which the lane aside has waited */
 static int64_t read_last[LR_KV_SLOTS + 1], stored_last; /* slots, then the stage */
 
 static int within(const void *at, const char *area, int64_t n_blocks)

@@ -10,8 +10,8 @@
  * ----------------------------------------------------------------------------------------- */
 
 /* Summaries of the segment's blocks; `means` may be NULL. */
-static void summarize_blocks(
-    const struct lr_step *step, int64_t layer, int64_t first_block, int64_t end_token, float *means)
+static void
+summarize_blocks(const struct lr_step *step, int64_t layer, int64_t first_block, int64_t end_token, float *means)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -164,7 +164,8 @@ attend_full_ring(struct lr_step *step, int64_t layer, struct lr_attention_args *
 }
 
 /* Folds the n blocks from `data` on, whose first is the document's block `block`, with what went before. */
-static void fold_blocks(const struct lr_step *step, struct lr_attention_args *args, const char *data, int64_t block, int64_t n)
+static void
+fold_blocks(const struct lr_step *step, struct lr_attention_args *args, const char *data, int64_t block, int64_t n)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -318,9 +319,9 @@ static int64_t find_block(const int32_t *blocks, int64_t n, int64_t block)
     return low;
 }
 
-/* The needs from block `first` on that are fetched and folded together: all, or, with a tier in host memory, so many that
- * nobody's fill more than a slot, not counting the own segment's. The same on all workers, for they know all needs.
- * *end: the block that comes next. */
+/* The needs from block `first` on that are fetched and folded together: all, or, with a tier in host memory, so many
+ * that nobody's fill more than a slot, not counting the own segment's. The same on all workers, for they know all
+ * needs. *end: the block that comes next. */
 static struct needs cut_needs(const struct lr_step *step, const struct needs *all, int64_t first, int64_t *end)
 {
     struct lr_session *session = step->session;
@@ -374,8 +375,7 @@ static const char *my_block(const struct lr_step *step, int64_t layer, int64_t b
 }
 
 /* Where the kernels find the blocks of mine among `blocks` [n]; those of the host's tier are brought to a slot. */
-static void place_mine(
-    const struct lr_step *step, int64_t layer, const int32_t *blocks, int64_t n, const char **where)
+static void place_mine(const struct lr_step *step, int64_t layer, const int32_t *blocks, int64_t n, const char **where)
 {
     struct lr_session *session = step->session;
     const struct lr_comm *comm = session->engine->links;
@@ -455,8 +455,12 @@ struct placed {
 };
 
 /* Adds the block to a list where it is among the placed ones. */
-static void
-add_ref(const struct lr_step *step, const struct placed *placed, int64_t block, int whole, struct lr_kv_ref *refs, int64_t *n)
+static void add_ref(const struct lr_step *step,
+                    const struct placed *placed,
+                    int64_t block,
+                    int whole,
+                    struct lr_kv_ref *refs,
+                    int64_t *n)
 {
     int64_t i = find_block(placed->blocks, placed->n, block);
     if (i < placed->n && placed->blocks[i] == block)
@@ -464,8 +468,7 @@ add_ref(const struct lr_step *step, const struct placed *placed, int64_t block, 
 }
 
 /* One list for each query block and KV head: sinks, chosen blocks, window, as far as they are placed. */
-static struct lr_kv_list *
-chosen_lists(const struct lr_step *step, const int32_t *chosen, const struct placed *placed)
+static struct lr_kv_list *chosen_lists(const struct lr_step *step, const int32_t *chosen, const struct placed *placed)
 {
     struct lr_session *session = step->session;
     const struct lr_session_options *o = &session->options;

@@ -140,8 +140,8 @@ list_ranges(const struct lr_step *step, int64_t slab, const char *data, int64_t 
 }
 
 /* Folds the items listed so far, all of slots [first, end), and empties the list. */
-static void
-fold_slots(const struct lr_step *step, struct lr_partials_args args, struct lr_partial_work *work, int64_t first, int64_t end)
+static void fold_slots(
+    const struct lr_step *step, struct lr_partials_args args, struct lr_partial_work *work, int64_t first, int64_t end)
 {
     const struct lr_engine *engine = step->session->engine;
     int64_t per_slot = args.n_rows * args.shape.n_heads;
@@ -160,7 +160,10 @@ fold_slots(const struct lr_step *step, struct lr_partials_args args, struct lr_p
 
 /* The document that lives here, range by range: what is on the device together with the tails, where all of it is;
  * else the host's slabs one after the other. */
-static void attend_ranges(const struct lr_step *step, int64_t layer, const struct lr_partials_args *args, struct lr_partial_work *work)
+static void attend_ranges(const struct lr_step *step,
+                          int64_t layer,
+                          const struct lr_partials_args *args,
+                          struct lr_partial_work *work)
 {
     struct lr_session *session = step->session;
     int64_t n_slabs = 0, slot = 0, folded = 0;

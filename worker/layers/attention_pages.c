@@ -77,7 +77,7 @@ static enum lr_status offer_pages(
             for (int64_t i = 0; i < n_pages; i++)
                 insert_offer(offers + (row * shape->n_kv_heads + head) * n_best, n_best,
                              (struct lr_offer){.bound = ((const float *)view)[head * n_pages + i],
-                                            .page = page_of_local(session, i)});
+                                               .page = page_of_local(session, i)});
         lr_step_rewind(session, mark);
     }
     return LR_OK;
@@ -119,8 +119,8 @@ enum lr_status lr_choose_pages(struct lr_step *step,
 }
 
 /* The page of (row, KV head, slot) where this worker has it; else -1. */
-static int32_t page_here(
-    const struct lr_step *step, const struct lr_offer *chosen, int64_t row, int64_t head, int64_t slot)
+static int32_t
+page_here(const struct lr_step *step, const struct lr_offer *chosen, int64_t row, int64_t head, int64_t slot)
 {
     const struct lr_session *session = step->session;
     int64_t list = row * session->kv_shape.n_kv_heads + head;
@@ -135,8 +135,8 @@ static int compare_pages(const void *a, const void *b)
 }
 
 /* The pages here of slots [first, end), ascending, each once. */
-static int64_t collect_pages(
-    const struct lr_step *step, const struct lr_offer *chosen, int64_t first, int64_t end, int32_t *pages)
+static int64_t
+collect_pages(const struct lr_step *step, const struct lr_offer *chosen, int64_t first, int64_t end, int32_t *pages)
 {
     int64_t n = 0, n_unique = 0;
     for (int64_t row = 0; row < step->n_rows; row++)
@@ -179,8 +179,8 @@ void lr_list_pages(struct lr_step *step,
                 refs[head] = (struct lr_kv_ref){
                     .data = where[at - pages], .position = (int64_t)page * LR_BLOCK, .n_keys = LR_BLOCK};
             }
-            work->items[work->n_items++] = (struct lr_partial_item){
-                .slot = slot, .first_row = row, .n_rows = 1, .lists = lists, .n_lists = heads};
+            work->items[work->n_items++] =
+                (struct lr_partial_item){.slot = slot, .first_row = row, .n_rows = 1, .lists = lists, .n_lists = heads};
         }
 }
 
@@ -192,10 +192,11 @@ struct lr_step_bytes lr_list_pages_bytes(const struct lr_model_dims *dims,
     int64_t offers = n_rows * dims->n_kv_heads * options->decode_pages;
     int64_t pages = lr_ceil_div(options->max_tokens, LR_BLOCK) + options->segment_tokens / LR_BLOCK;
     size_t bounds = lr_tensor_bytes(dims->n_kv_heads * pages, sizeof(float));
-    return (struct lr_step_bytes){
-        .tensors = bounds,
-        .tables = bounds + lr_tensor_bytes(offers, sizeof(struct lr_offer)) +
-                  lr_tensor_bytes(n_workers * offers, sizeof(struct lr_offer)) +
-                  lr_tensor_bytes(offers, sizeof(int32_t)) + lr_tensor_bytes(offers, sizeof(char *)) +
-                  lr_tensor_bytes(offers, sizeof(struct lr_kv_ref)) + lr_tensor_bytes(offers, sizeof(struct lr_kv_list))};
+    return (struct lr_step_bytes){.tensors = bounds,
+                                  .tables = bounds + lr_tensor_bytes(offers, sizeof(struct lr_offer)) +
+                                            lr_tensor_bytes(n_workers * offers, sizeof(struct lr_offer)) +
+                                            lr_tensor_bytes(offers, sizeof(int32_t)) +
+                                            lr_tensor_bytes(offers, sizeof(char *)) +
+                                            lr_tensor_bytes(offers, sizeof(struct lr_kv_ref)) +
+                                            lr_tensor_bytes(offers, sizeof(struct lr_kv_list))};
 }
