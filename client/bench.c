@@ -23,6 +23,7 @@ struct bench {
 struct measured {
     int64_t tokens;
     double prefill_seconds, decode_seconds;
+    struct lr_memory_use memory; /* of the worker that took the most */
 };
 
 static enum lr_status parse_lengths(struct bench *b, struct lr_error *err)
@@ -88,9 +89,11 @@ static void print_line(const struct bench *b, const struct measured *m)
     double decoded = m->decode_seconds > 0.0 ? (double)(b->decode_tokens * b->side_by_side) / m->decode_seconds : 0.0;
     if (b->settings.json) {
         printf("{\"tokens\":%lld,\"workers\":%d,\"threads\":%d,\"attention\":\"%s\",\"prefill_seconds\":%.6f,"
-               "\"prefill_tokens_per_second\":%.1f,\"decode_side_by_side\":%lld,\"decode_tokens_per_second\":%.1f}\n",
+               "\"prefill_tokens_per_second\":%.1f,\"decode_side_by_side\":%lld,\"decode_tokens_per_second\":%.1f,"
+               "\"planned_bytes\":%zu,\"taken_bytes\":%zu,\"host_bytes\":%zu}\n",
                (long long)m->tokens, b->job.comm->size, b->job.options.n_threads, lr_attention_text(&b->job),
-               m->prefill_seconds, prefill, (long long)b->side_by_side, decoded);
+               m->prefill_seconds, prefill, (long long)b->side_by_side, decoded, m->memory.planned_bytes,
+               m->memory.taken_bytes, m->memory.host_reserved_bytes);
     } else {
         printf("%12s  %-7s %12.3f s %12s/s %12s/s\n", lr_number_text(m->tokens), lr_attention_text(&b->job),
                m->prefill_seconds, lr_number_text((int64_t)prefill), lr_number_text((int64_t)decoded));
@@ -109,6 +112,11 @@ static enum lr_status measure(struct bench *b, int64_t length, struct lr_error *
     m.prefill_seconds = b->job.prefill_seconds;
     if (b->decode_tokens > 0)
         LR_TRY(decode(b, &m.decode_seconds, err));
+    struct lr_memory_use memory[LR_COMM_MAX_WORKERS];
+    LR_TRY(lr_job_memory(&b->job, memory, err));
+    for (int r = 0; r < b->job.comm->size; r++)
+        if (memory[r].taken_bytes >= m.memory.taken_bytes)
+            m.memory = memory[r];
     if (b->job.comm->rank == 0)
         print_line(b, &m);
     lr_session_close(b->job.session);

@@ -4,7 +4,7 @@
  * are computed by every worker; attention over the document's KV and experts stay where they are. A
  * row's result does not depend on its neighbours, so a question gets the same answer alone and
  * among others. */
-#include "worker/session_impl.h"
+#include "worker/kv_tier.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -174,7 +174,7 @@ static int is_unit(const struct lr_session *session)
 {
     const struct lr_engine *engine = session->engine;
     int64_t blocks = engine->model.dims.n_attention_layers * (session->n_tokens / LR_KV_BLOCK_TOKENS);
-    return engine->links->size == 1 && session->options.decode_pages == 0 &&
+    return engine->links->size == 1 && session->options.decode_pages == 0 && !lr_kv_is_tiered(session) &&
            blocks * (int64_t)sizeof(struct lr_kv_ref) < LR_UNIT_UPLOAD_BYTES / 2;
 }
 
