@@ -5,7 +5,7 @@
  *   list     | sinks |   not seen   |  window .......... diagonal |  not seen
  *   steps    0 1                     2 3 4 ...                  n
  *
- * A step is KEYS keys of a block: the whole block, or a half of it where a head has 256 channels. With its keys comes a
+ * A step is KEYS keys of a block: the whole block, or a half of it where a head has 256 channels or lists name halves. With its keys comes a
  * note for the consumers: where the keys begin, how many exist, whether every row of the tile sees all of them, and
  * whether it is the tile's last. A tile that sees nothing is one step without keys. */
 #ifndef LR_KERNELS_CUDA_ATTENTION_WALK_CUH
@@ -43,13 +43,11 @@ template <int D, int C> struct attention_shared {
     uint64_t q_full[C], q_empty[C];
 };
 
-/* What one lane of the walking warp does: puts steps into the ring, one behind what it is told, to know the last. */
+/* The walking warp's place in the ring, the same in all its lanes. */
 template <int D, int C> struct ring_writer {
     using shape = tile_shape<D, C>;
     attention_shared<D, C> &s;
     uint32_t stage, parity;
-    const uint8_t *data; /* the step held back: K of its keys in the block's first panel; NULL: none */
-    step_note note;
 
     /* K or V of a step: one copy, or one for each panel. */
     static __device__ __forceinline__ void copy_half(uint8_t *to, const uint8_t *from, uint64_t *full)
@@ -63,83 +61,100 @@ template <int D, int C> struct ring_writer {
                 copy_bulk(to + p * PIECE, from + p * PANEL, PIECE, full);
     }
 
-    __device__ __forceinline__ void put(int flags)
+    /* One lane (`mine`) puts its step: `data` is K of its keys in the block's first panel; NULL: a step without keys. */
+    __device__ __forceinline__ void put(bool mine, const uint8_t *data, const step_note &note)
     {
-        barrier_wait(&s.k_empty[stage], parity ^ 1);
-        note.flags |= flags;
-        s.notes[stage] = note;
-        if (data != nullptr)
-            copy_half(s.k[stage], data, &s.k_full[stage]);
-        else
-            barrier_arrive(&s.k_full[stage]);
-        barrier_wait(&s.v_empty[stage], parity ^ 1);
-        if (data != nullptr)
-            copy_half(s.v[stage], data + shape::PANELS * BLOCK * 128, &s.v_full[stage]);
-        else
-            barrier_arrive(&s.v_full[stage]);
+        if (mine) {
+            barrier_wait(&s.k_empty[stage], parity ^ 1);
+            s.notes[stage] = note;
+            if (data != nullptr)
+                copy_half(s.k[stage], data, &s.k_full[stage]);
+            else
+                barrier_arrive(&s.k_full[stage]);
+            barrier_wait(&s.v_empty[stage], parity ^ 1);
+            if (data != nullptr)
+                copy_half(s.v[stage], data + shape::PANELS * BLOCK * 128, &s.v_full[stage]);
+            else
+                barrier_arrive(&s.v_full[stage]);
+        }
+        __syncwarp();
         stage = stage + 1 == shape::STAGES ? 0 : stage + 1;
         parity ^= stage == 0;
     }
-
-    __device__ __forceinline__ void offer(const walk &w, const uint8_t *block, int64_t position, int n_keys, int whole)
-    {
-        for (int first = 0; first < BLOCK; first += shape::KEYS) {
-            const int left = n_keys - first;
-            if (left <= 0 || position + first > w.last_position)
-                break;
-            if (data != nullptr)
-                put(0);
-            data = block + first * 128;
-            note = {position + first, left < shape::KEYS ? left : shape::KEYS, whole ? STEP_WHOLE : 0};
-            if (sees_all(w, note, shape::KEYS))
-                note.flags |= STEP_FULL;
-        }
-    }
-
-    __device__ __forceinline__ void finish()
-    {
-        if (data == nullptr)
-            note = {0, 0, 0};
-        put(STEP_LAST);
-        data = nullptr;
-    }
 };
 
-/* The walking warp: 32 blocks are looked at together, and the next 32 are on their way meanwhile. */
+/* 32 blocks of a list, one a lane. */
+struct ref_batch {
+    lr_kv_ref ref;
+    uint32_t wanted; /* lanes whose block some row of the tile sees */
+    int next;        /* index of the first block behind the batch that may be seen */
+};
+
+/* The first batch from index i on in which a block is wanted; wanted is 0 where there is none. */
+static __device__ __forceinline__ ref_batch find_batch(const walk &w, int i)
+{
+    const int lane = threadIdx.x % 32;
+    ref_batch b = {{}, 0, i};
+    while (b.wanted == 0 && b.next < w.n_refs) {
+        const bool there = b.next + lane < w.n_refs;
+        if (there)
+            b.ref = w.refs[b.next + lane];
+        b.wanted = __ballot_sync(0xffffffffu, there && sees(w, b.ref));
+        b.next += 32;
+        if (b.next < w.jump && w.start + static_cast<int64_t>(b.next) * BLOCK >= w.sinks)
+            b.next = w.jump;
+        if (__any_sync(0xffffffffu, there && b.ref.position > w.last_position))
+            b.next = w.n_refs;
+    }
+    return b;
+}
+
+/* Puts the batch's wanted blocks into the ring, in order. Each lane makes the notes of its own block beforehand: between
+ * two steps there is hardly time for more than the waiting and the copies. `last`: nothing of the list follows. */
+template <int D, int C>
+static __device__ __forceinline__ void
+put_batch(const walk &w, const ref_batch &b, int64_t head_offset, bool last, ring_writer<D, C> &ring)
+{
+    constexpr int KEYS = tile_shape<D, C>::KEYS, STEPS = BLOCK / KEYS;
+    const int lane = threadIdx.x % 32;
+    const uint8_t *data = static_cast<const uint8_t *>(b.ref.data) + head_offset + b.ref.position % BLOCK * 128;
+    step_note notes[STEPS];
+    uint32_t there[STEPS]; /* lanes that have this step */
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        const int left = b.ref.n_keys - i * KEYS;
+        notes[i] = {b.ref.position + i * KEYS, left < KEYS ? left : KEYS, b.ref.whole ? STEP_WHOLE : 0};
+        if (sees_all(w, notes[i], KEYS))
+            notes[i].flags |= STEP_FULL;
+        there[i] = b.wanted & __ballot_sync(0xffffffffu, i == 0 || (left > 0 && notes[i].position <= w.last_position));
+    }
+    for (uint32_t wanted = b.wanted; wanted != 0; wanted &= wanted - 1) {
+        const int source = __ffs(static_cast<int>(wanted)) - 1;
+        const bool end = last && (wanted & (wanted - 1)) == 0;
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            if (!(there[i] >> source & 1))
+                continue;
+            if (end && (i + 1 == STEPS || !(there[(i + 1) % STEPS] >> source & 1)))
+                notes[i].flags |= STEP_LAST;
+            ring.put(lane == source, data + i * KEYS * 128, notes[i]);
+        }
+    }
+}
+
+/* The walking warp: the next batch is looked at before this one is put, so that the last step is known. */
 template <int D, int C>
 static __device__ __forceinline__ void produce(const walk &w, int kv_head, ring_writer<D, C> &ring)
 {
-    const int lane = threadIdx.x % 32;
     const int64_t head_offset = static_cast<int64_t>(kv_head) * 4 * BLOCK * D;
-    lr_kv_ref next = {};
-    if (lane < w.n_refs)
-        next = w.refs[lane];
-    const int64_t list_position = __shfl_sync(0xffffffffu, next.position, 0);
-    for (int i = 0; i < w.n_refs;) {
-        const lr_kv_ref ref = next;
-        const bool there = i + lane < w.n_refs;
-        uint32_t wanted = __ballot_sync(0xffffffffu, there && sees(w, ref));
-        int following = i + 32;
-        if (following < w.jump && list_position + static_cast<int64_t>(following) * BLOCK >= w.sinks)
-            following = w.jump;
-        if (__any_sync(0xffffffffu, there && ref.position > w.last_position))
-            following = w.n_refs;
-        if (following + lane < w.n_refs)
-            next = w.refs[following + lane];
-        while (wanted != 0) {
-            const int source = __ffs(static_cast<int>(wanted)) - 1;
-            wanted &= wanted - 1;
-            const uint64_t data = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(ref.data), source);
-            const int64_t position = __shfl_sync(0xffffffffu, ref.position, source);
-            const int n_keys = __shfl_sync(0xffffffffu, ref.n_keys, source);
-            const int whole = __shfl_sync(0xffffffffu, ref.whole, source);
-            if (lane == 0)
-                ring.offer(w, reinterpret_cast<const uint8_t *>(data) + head_offset, position, n_keys, whole);
-        }
-        i = following;
+    ref_batch b = find_batch(w, 0);
+    if (b.wanted == 0)
+        ring.put(threadIdx.x % 32 == 0, nullptr, {0, 0, STEP_LAST});
+    while (b.wanted != 0) {
+        const ref_batch following = find_batch(w, b.next);
+        put_batch(w, b, head_offset, following.wanted == 0, ring);
+        b = following;
     }
-    if (lane == 0)
-        ring.finish();
 }
 
 /* One warp puts a consumer's 64 query rows into shared memory, swizzled; rows and channels that do not exist are zero.
