@@ -65,7 +65,8 @@ static __device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint
     }
 }
 
-/* The keys of a step that a row sees, numbered within the step: those below `to`, but none of [sinks, sinks + hidden). */
+/* The keys of a step that a row sees, numbered within the step: those below `to`, but none of [sinks, sinks + hidden).
+ */
 struct key_bounds {
     int to, sinks;
     uint32_t hidden;
@@ -203,8 +204,8 @@ load_state(const lr_cuda_fold &a, fold_state<D> &t, const row_place &place, int6
 }
 
 template <int D>
-static __device__ __forceinline__ void store_state(
-    const lr_cuda_fold &a, const fold_state<D> &t, const row_place &place, int64_t slot, int r, int column)
+static __device__ __forceinline__ void
+store_state(const lr_cuda_fold &a, const fold_state<D> &t, const row_place &place, int64_t slot, int r, int column)
 {
     if (place.position < 0)
         return;
@@ -270,13 +271,12 @@ template <int STAGES> static __device__ __forceinline__ ring_place after(ring_pl
 }
 
 /* A consumer warpgroup and its tile, as one thread sees it. */
-template <int D, int C> struct consumer_tile {
-    using shape = tile_shape<D, C>;
-    static constexpr int KEYS = shape::KEYS;
+template <int D, int C, int KEYS> struct consumer_tile {
+    using shape = tile_shape<D, C, KEYS>;
     static constexpr uint32_t Q_PANEL = shape::ROWS * 128;
 
     const lr_cuda_fold &a;
-    attention_shared<D, C> &s;
+    attention_shared<D, C, KEYS> &s;
     int consumer, lane, warp_row; /* warp_row: the thread's first row of the warpgroup's 64 */
     int64_t position[2];          /* of the thread's rows */
     float scale2;
@@ -341,8 +341,8 @@ template <int D, int C> struct consumer_tile {
     }
 
     /* Some row of the warp has a sum beyond MAX_SUM: its reference goes up by whole powers of two. */
-    __device__ __forceinline__ void raise_rows(
-        fold_state<D> &t, float (&score)[KEYS / 2], uint32_t stage, float (&sum)[2]) const
+    __device__ __forceinline__ void
+    raise_rows(fold_state<D> &t, float (&score)[KEYS / 2], uint32_t stage, float (&sum)[2]) const
     {
         wgmma_wait<0>(); /* o, and the registers of the weights */
         const bool repeat = __any_sync(0xffffffffu, !(sum[0] < OVERFLOWN && sum[1] < OVERFLOWN));
@@ -363,8 +363,8 @@ template <int D, int C> struct consumer_tile {
         }
     }
 
-    /* One step's softmax: scores become weights, m and l move on. No maximum is looked for: a row's reference stays until
-     * the sum of its weights is too large. The previous P V may still run, but not this step's Q K^T. */
+    /* One step's softmax: scores become weights, m and l move on. No maximum is looked for: a row's reference stays
+     * until the sum of its weights is too large. The previous P V may still run, but not this step's Q K^T. */
     __device__ __forceinline__ void
     fold(fold_state<D> &t, float (&score)[KEYS / 2], int32_t flags, uint32_t stage) const
     {
@@ -422,7 +422,7 @@ template <int D, int C> struct consumer_tile {
     }
 };
 
-template <int D, int C>
+template <int D, int C, int KEYS>
 static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
                                                float scale2,
                                                const tile &w,
@@ -430,9 +430,9 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
                                                int consumer,
                                                uint32_t round,
                                                ring_place &at,
-                                               attention_shared<D, C> &s)
+                                               attention_shared<D, C, KEYS> &s)
 {
-    using shape = tile_shape<D, C>;
+    using shape = tile_shape<D, C, KEYS>;
     const int thread = threadIdx.x % WARPGROUP, lane = thread % 32, warp_row = thread / 32 * 16 + lane / 4;
     row_place place[2];
     fold_state<D> t;
@@ -441,16 +441,16 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
         place[r] = place_row(a, w, group, consumer * UNIT + warp_row + 8 * r);
         load_state(a, t, place[r], w.rows.slot, r, 2 * (lane % 4));
     }
-    const consumer_tile<D, C> c = {a,
-                                   s,
-                                   consumer,
-                                   lane,
-                                   warp_row,
-                                   {place[0].position, place[1].position},
-                                   scale2,
-                                   tile_descriptor(shared_address(s.q) + consumer * UNIT * 128, 0),
-                                   tile_descriptor(shared_address(s.k), 0),
-                                   tile_descriptor(shared_address(s.v), shape::KEYS * 128)};
+    const consumer_tile<D, C, KEYS> c = {a,
+                                         s,
+                                         consumer,
+                                         lane,
+                                         warp_row,
+                                         {place[0].position, place[1].position},
+                                         scale2,
+                                         tile_descriptor(shared_address(s.q) + consumer * UNIT * 128, 0),
+                                         tile_descriptor(shared_address(s.k), 0),
+                                         tile_descriptor(shared_address(s.v), KEYS * 128)};
     barrier_wait(&s.q_full[consumer], round & 1);
     barrier_wait(&s.k_full[at.stage], at.parity);
     if (load_note(s.notes, at.stage).n_keys == 0) {
@@ -466,10 +466,10 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
         store_state(a, t, place_row(a, w, group, consumer * UNIT + warp_row + 8 * r), w.rows.slot, r, 2 * (lane % 4));
 }
 
-template <int D, int C> static __device__ __forceinline__ void make_barriers(attention_shared<D, C> &s)
+template <int D, int C, int KEYS> static __device__ __forceinline__ void make_barriers(attention_shared<D, C, KEYS> &s)
 {
     constexpr int WARPS = WARPGROUP / 32;
-    for (int i = 0; i < tile_shape<D, C>::STAGES; i++) {
+    for (int i = 0; i < tile_shape<D, C, KEYS>::STAGES; i++) {
         barrier_init(&s.k_full[i], 1);
         barrier_init(&s.v_full[i], 1);
         barrier_init(&s.k_empty[i], WARPS * C);
@@ -482,8 +482,8 @@ template <int D, int C> static __device__ __forceinline__ void make_barriers(att
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-/* The work of a thread block in its lap-th round: to and fro through all of it, as tiles get smaller and smaller. May lie
- * behind the end in the last round. */
+/* The work of a thread block in its lap-th round: to and fro through all of it, as tiles get smaller and smaller. May
+ * lie behind the end in the last round. */
 static __device__ __forceinline__ int work_of(int lap)
 {
     const int width = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
@@ -491,14 +491,14 @@ static __device__ __forceinline__ int work_of(int lap)
 }
 
 /* Every role goes through the same tiles. */
-template <int D, int C>
-__global__ void __launch_bounds__(tile_shape<D, C>::THREADS, (tile_shape<D, C>::BLOCKS_EACH))
+template <int D, int C, int KEYS>
+__global__ void __launch_bounds__(tile_shape<D, C, KEYS>::THREADS, (tile_shape<D, C, KEYS>::BLOCKS_EACH))
     attention_kernel(const __grid_constant__ lr_cuda_fold a, float scale2, int n_tiles, int n_work)
 {
-    using shape = tile_shape<D, C>;
+    using shape = tile_shape<D, C, KEYS>;
     extern __shared__ uint8_t raw[];
-    attention_shared<D, C> &s =
-        *reinterpret_cast<attention_shared<D, C> *>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
+    attention_shared<D, C, KEYS> &s =
+        *reinterpret_cast<attention_shared<D, C, KEYS> *>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
     const int group = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
     const int n_laps = (n_work + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
     if (threadIdx.x == 0)
@@ -509,7 +509,7 @@ __global__ void __launch_bounds__(tile_shape<D, C>::THREADS, (tile_shape<D, C>::
     tile t;
     if (warp < WARPGROUP / 32) {
         registers_shrink<shape::PRODUCER_REGISTERS>();
-        ring_writer<D, C> ring = {s, 0, 0};
+        ring_writer<D, C, KEYS> ring = {s, 0, 0};
         uint32_t round = 0;
         for (int lap = 0; lap < n_laps && warp <= C; lap++) {
             if (work_of(lap) >= n_work || !take_tile(a, group, n_tiles, shape::ROWS, work_of(lap), t))
@@ -535,20 +535,22 @@ __global__ void __launch_bounds__(tile_shape<D, C>::THREADS, (tile_shape<D, C>::
     }
 }
 
-template <int D, int C> static cudaError_t launch(const lr_cuda_fold &fold, int n_multiprocessors, cudaStream_t stream)
+template <int D, int C, int KEYS>
+static cudaError_t launch(const lr_cuda_fold &fold, int n_multiprocessors, cudaStream_t stream)
 {
-    using shape = tile_shape<D, C>;
-    const int bytes = sizeof(attention_shared<D, C>) + 1024;
+    using shape = tile_shape<D, C, KEYS>;
+    const int bytes = sizeof(attention_shared<D, C, KEYS>) + 1024;
     const int64_t group = fold.shape.n_heads / fold.shape.n_kv_heads;
     const int64_t n_tiles = (fold.max_tokens * group + shape::ROWS - 1) / shape::ROWS;
     const int64_t n_work = n_tiles * fold.shape.n_kv_heads * fold.n_groups,
                   room = n_multiprocessors * shape::BLOCKS_EACH;
     const cudaError_t error =
-        cudaFuncSetAttribute(attention_kernel<D, C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        cudaFuncSetAttribute(attention_kernel<D, C, KEYS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess)
         return error;
-    attention_kernel<D, C><<<static_cast<unsigned>(n_work < room ? n_work : room), shape::THREADS, bytes, stream>>>(
-        fold, fold.scale * LOG2E, static_cast<int>(n_tiles), static_cast<int>(n_work));
+    attention_kernel<D, C, KEYS>
+        <<<static_cast<unsigned>(n_work < room ? n_work : room), shape::THREADS, bytes, stream>>>(
+            fold, fold.scale * LOG2E, static_cast<int>(n_tiles), static_cast<int>(n_work));
     return cudaGetLastError();
 }
 

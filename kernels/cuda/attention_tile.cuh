@@ -33,8 +33,8 @@ struct tile {
 };
 
 /* The tiles with the most work first, as a causal document's last ones have: thread blocks that go to and fro through
- * this order end together. Of one list, the KV heads of a tile follow each other; of many lists, the tiles that read the
- * same one do, so that its blocks are in L2. False where no row is in the tile. */
+ * this order end together. Of one list, the KV heads of a tile follow each other; of many lists, the tiles that read
+ * the same one do, so that its blocks are in L2. False where no row is in the tile. */
 static __device__ __forceinline__ bool
 take_tile(const lr_cuda_fold &a, int group, int n_tiles, int tile_rows, int work, tile &t)
 {
@@ -74,7 +74,7 @@ static __device__ __forceinline__ row_place place_row(const lr_cuda_fold &a, con
 struct walk {
     const lr_kv_ref *refs;
     int n_refs;
-    int jump; /* index of the first block in reach of the window; 0 where it is not known */
+    int jump;      /* index of the first block in reach of the window; 0 where it is not known */
     int64_t start; /* the list's first position */
     int64_t first_position, last_position;
     int64_t window, sinks;

@@ -5,9 +5,9 @@
  *   list     | sinks |   not seen   |  window .......... diagonal |  not seen
  *   steps    0 1                     2 3 4 ...                  n
  *
- * A step is KEYS keys of a block: the whole block, or a half of it where a head has 256 channels or lists name halves. With its keys comes a
- * note for the consumers: where the keys begin, how many exist, whether every row of the tile sees all of them, and
- * whether it is the tile's last. A tile that sees nothing is one step without keys. */
+ * A step is KEYS keys of a block: the whole block, or a half of it where a head has 256 channels or lists name halves.
+ * With its keys comes a note for the consumers: where the keys begin, how many exist, whether every row of the tile
+ * sees all of them, and whether it is the tile's last. A tile that sees nothing is one step without keys. */
 #ifndef LR_KERNELS_CUDA_ATTENTION_WALK_CUH
 #define LR_KERNELS_CUDA_ATTENTION_WALK_CUH
 
@@ -20,21 +20,21 @@ namespace lr::LR_CUDA_ACT
 constexpr int UNIT = 64; /* tile rows of a consumer warpgroup */
 constexpr int WARPGROUP = 128;
 
-/* D channels, C consumer warpgroups. */
-template <int D, int C> struct tile_shape {
-    static constexpr int KEYS = D == 256 ? 64 : BLOCK;
+/* D channels, C consumer warpgroups, steps of KEYS keys. */
+template <int D, int C, int KEYS> struct tile_shape {
     static constexpr int PANELS = D / 64;
     static constexpr int ROWS = C * UNIT;
-    static constexpr int HALF_BYTES = KEYS * D * 2; /* K or V of a step */
-    static constexpr int STAGES = D == 64 ? (C == 1 ? 3 : 4) : D == 256 && C == 2 ? 2 : 3;
+    static constexpr int HALF_BYTES = KEYS * D * 2;               /* K or V of a step */
+    static constexpr int BLOCKS_AHEAD = D == 64 && C > 1 ? 4 : 3; /* of 128 keys */
+    static constexpr int STAGES = D == 256 ? 4 - C : BLOCKS_AHEAD * BLOCK / KEYS;
     static constexpr int THREADS = (C + 1) * WARPGROUP;
     static constexpr int BLOCKS_EACH = D == 64 && C == 1 ? 2 : 1; /* thread blocks on a multiprocessor */
     static constexpr int PRODUCER_REGISTERS = C == 3 ? 32 : C == 2 ? 40 : 24;
     static constexpr int CONSUMER_REGISTERS = C == 3 ? 160 : 232;
 };
 
-template <int D, int C> struct attention_shared {
-    using shape = tile_shape<D, C>;
+template <int D, int C, int KEYS> struct attention_shared {
+    using shape = tile_shape<D, C, KEYS>;
     alignas(1024) uint8_t q[shape::ROWS * D * 2];
     alignas(1024) uint8_t k[shape::STAGES][shape::HALF_BYTES];
     alignas(1024) uint8_t v[shape::STAGES][shape::HALF_BYTES];
@@ -44,24 +44,25 @@ template <int D, int C> struct attention_shared {
 };
 
 /* The walking warp's place in the ring, the same in all its lanes. */
-template <int D, int C> struct ring_writer {
-    using shape = tile_shape<D, C>;
-    attention_shared<D, C> &s;
+template <int D, int C, int KEYS> struct ring_writer {
+    using shape = tile_shape<D, C, KEYS>;
+    attention_shared<D, C, KEYS> &s;
     uint32_t stage, parity;
 
     /* K or V of a step: one copy, or one for each panel. */
     static __device__ __forceinline__ void copy_half(uint8_t *to, const uint8_t *from, uint64_t *full)
     {
-        constexpr int PANEL = BLOCK * 128, PIECE = shape::KEYS * 128;
+        constexpr int PANEL = BLOCK * 128, PIECE = KEYS * 128;
         barrier_expect(full, shape::HALF_BYTES);
-        if constexpr (shape::KEYS == BLOCK)
+        if constexpr (KEYS == BLOCK)
             copy_bulk(to, from, shape::HALF_BYTES, full);
         else
             for (int p = 0; p < shape::PANELS; p++)
                 copy_bulk(to + p * PIECE, from + p * PANEL, PIECE, full);
     }
 
-    /* One lane (`mine`) puts its step: `data` is K of its keys in the block's first panel; NULL: a step without keys. */
+    /* One lane (`mine`) puts its step: `data` is K of its keys in the block's first panel; NULL: a step without keys.
+     */
     __device__ __forceinline__ void put(bool mine, const uint8_t *data, const step_note &note)
     {
         if (mine) {
@@ -109,13 +110,14 @@ static __device__ __forceinline__ ref_batch find_batch(const walk &w, int i)
     return b;
 }
 
-/* Puts the batch's wanted blocks into the ring, in order. Each lane makes the notes of its own block beforehand: between
- * two steps there is hardly time for more than the waiting and the copies. `last`: nothing of the list follows. */
-template <int D, int C>
+/* Puts the batch's wanted blocks into the ring, in order. Each lane makes the notes of its own block beforehand:
+ * between two steps there is hardly time for more than the waiting and the copies. `last`: nothing of the list follows.
+ */
+template <int D, int C, int KEYS>
 static __device__ __forceinline__ void
-put_batch(const walk &w, const ref_batch &b, int64_t head_offset, bool last, ring_writer<D, C> &ring)
+put_batch(const walk &w, const ref_batch &b, int64_t head_offset, bool last, ring_writer<D, C, KEYS> &ring)
 {
-    constexpr int KEYS = tile_shape<D, C>::KEYS, STEPS = BLOCK / KEYS;
+    constexpr int STEPS = BLOCK / KEYS;
     const int lane = threadIdx.x % 32;
     const uint8_t *data = static_cast<const uint8_t *>(b.ref.data) + head_offset + b.ref.position % BLOCK * 128;
     step_note notes[STEPS];
@@ -143,8 +145,8 @@ put_batch(const walk &w, const ref_batch &b, int64_t head_offset, bool last, rin
 }
 
 /* The walking warp: the next batch is looked at before this one is put, so that the last step is known. */
-template <int D, int C>
-static __device__ __forceinline__ void produce(const walk &w, int kv_head, ring_writer<D, C> &ring)
+template <int D, int C, int KEYS>
+static __device__ __forceinline__ void produce(const walk &w, int kv_head, ring_writer<D, C, KEYS> &ring)
 {
     const int64_t head_offset = static_cast<int64_t>(kv_head) * 4 * BLOCK * D;
     ref_batch b = find_batch(w, 0);
@@ -159,9 +161,9 @@ static __device__ __forceinline__ void produce(const walk &w, int kv_head, ring_
 
 /* One warp puts a consumer's 64 query rows into shared memory, swizzled; rows and channels that do not exist are zero.
  * `round`: how many tiles the thread block has been through. */
-template <int D, int C>
-static __device__ __forceinline__ void
-bring_queries(const lr_cuda_fold &a, const tile &t, int group, int consumer, uint32_t round, attention_shared<D, C> &s)
+template <int D, int C, int KEYS>
+static __device__ __forceinline__ void bring_queries(
+    const lr_cuda_fold &a, const tile &t, int group, int consumer, uint32_t round, attention_shared<D, C, KEYS> &s)
 {
     constexpr int PIECES = D / 8;
     const int lane = threadIdx.x % 32;
@@ -173,7 +175,7 @@ bring_queries(const lr_cuda_fold &a, const tile &t, int group, int consumer, uin
         const row_place p = place_row(a, t, group, consumer * UNIT + r);
         const bool there = p.position >= 0 && piece * 8 < a.shape.head_dim;
         const act *from = there ? source + p.row * a.q_stride + p.head * a.q_head_stride + piece * 8 : source;
-        copy_async(q + (piece / 8) * (tile_shape<D, C>::ROWS * 128) + swizzled(r, piece % 8), from, there);
+        copy_async(q + (piece / 8) * (tile_shape<D, C, KEYS>::ROWS * 128) + swizzled(r, piece % 8), from, there);
     }
     copy_commit();
     copy_wait<0>();
