@@ -4,14 +4,14 @@
 with_device
 
 several="1 2 3 5"
-[ "$short" = 1 ] && several="1 3"
+n=6010 positions=0,127,128,129,1300,2559,2560,4000,5119,5120,5975,5976,5977,6009
+[ "$short" = 1 ] && several="1 3" n=3010 positions=0,127,128,1300,2559,2560,2975,2976,2977,3009
 kv=bf16
 [ "$device" = cuda ] && kv=auto
 logits() { "$longreach" logits --model $model --kv-dtype $kv --segment-tokens 128 --quiet "$@" || fail "logits $*"; }
 
-# A block, which is a slab here, has 64 KiB in each of two layers. The first size holds a stage and two slots (of one
-# block where attention is full, of what a query block reads where it is sparse) and nothing else.
-n=6010
+# A block, which is a slab here, has 64 KiB in each of two layers. The first size holds a stage and two slots and nothing
+# else; a slot has room for one page for each KV head where questions read pages.
 ids $n "$work/ids"
 compare()
 {
@@ -28,7 +28,6 @@ compare()
         done
     done
 }
-positions=0,127,128,129,1300,2559,2560,4000,5119,5120,5975,5976,5977,6009
 compare full 192K 1M
 compare sparse 192K 1536K
 compare "sparse --top-k-blocks 2" 192K 2304K
@@ -55,7 +54,7 @@ done
 # What cannot be is said with its numbers.
 refused() { expect 1 "$1" "$longreach" logits --model $model --kv-dtype $kv --segment-tokens 128 --quiet --ids "$work/ids" --out "$work/no" \
     --attention full "$2" "$3" "$4" "$5"; }
-refused "keys and values of 5.9 MiB may take 0.1 MiB of" --kv-device-memory 128K --workers 1
+refused "MiB may take 0.1 MiB of" --kv-device-memory 128K --workers 1
 refused "takes at least 0.2 MiB" --kv-device-memory 128K --workers 1
 refused "and 0.00 GiB of host memory may be used for them" --kv-device-memory 192K --kv-host-memory 1M
 finish
