@@ -164,8 +164,8 @@ static __device__ __forceinline__ void store_blocks(uint32_t shared, uint32_t a,
                  : "memory");
 }
 
-/* N columns of 64 rows as activations through `staging`, the warpgroup's own STAGING_BYTES, as many columns at a time as
- * it holds. Returns while the copy engine still reads the last of them. */
+/* N columns of 64 rows as activations through `staging`, the warpgroup's own STAGING_BYTES, as many columns at a time
+ * as it holds. Returns while the copy engine still reads the last of them. */
 template <int N, int SIZE>
 static __device__ __forceinline__ void store_boxes(const product_params &p, const float (&sum)[SIZE], int row,
                                                    int first_column, uint32_t staging, int barrier)
