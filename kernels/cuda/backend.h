@@ -76,6 +76,7 @@ void lr_cuda_expert_sort(const struct lr_exec *exec, const struct lr_expert_sort
 void lr_cuda_gather_rows(const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows,
                          int64_t n_rows, void *y);
 void lr_cuda_moe_combine(const struct lr_exec *exec, const struct lr_moe_combine_args *args);
+void lr_cuda_sample(const struct lr_exec *exec, const struct lr_sample_args *args);
 
 #ifdef __cplusplus
 }

@@ -46,6 +46,7 @@ static struct lr_kernel_ops lr_cuda_ops = {
     .expert_sort = lr_cuda_expert_sort,
     .gather_rows = lr_cuda_gather_rows,
     .moe_combine = lr_cuda_moe_combine,
+    .sample = lr_cuda_sample,
 };
 
 enum lr_status
