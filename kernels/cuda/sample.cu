@@ -82,7 +82,8 @@ static __device__ __forceinline__ uint64_t warp_min(uint64_t x)
     return x;
 }
 
-/* One row as one of its eight blocks sees it. Every thread of the cluster calls the same functions in the same order. */
+/* One row as one of its eight blocks sees it. Every thread of the cluster calls the same functions in the same order.
+ */
 struct row_search {
     struct sample_memory &memory;
     cooperative_groups::cluster_group cluster;
@@ -229,8 +230,8 @@ struct row_search {
         return end_cut();
     }
 
-    /* The first key, from the largest logit's on, whose exponent lies in bin `bin` or behind it: every lane tries one of
-     * 32 digits. */
+    /* The first key, from the largest logit's on, whose exponent lies in bin `bin` or behind it: every lane tries one
+     * of 32 digits. */
     __device__ __forceinline__ uint32_t first_key(int bin) const
     {
         const uint32_t lane = threadIdx.x % 32, best = lr_sample_key(largest);
@@ -252,7 +253,8 @@ struct row_search {
         struct bin bin = find_bin(mine, measure, goal);
         *weight = bin.before.weight;
         if (bin.mass.n_tokens > 1) {
-            uint64_t begin = lr_sample_place(first_key(bin.index), 0), end = lr_sample_place(first_key(bin.index + 1), 0);
+            uint64_t begin = lr_sample_place(first_key(bin.index), 0),
+                     end = lr_sample_place(first_key(bin.index + 1), 0);
             do {
                 const int excess = 64 - __clzll(static_cast<long long>(end - begin - 1)) - 9, shift = max(excess, 0);
                 static_assert(SAMPLE_BINS == 1 << 9, "nine bits a cut");
@@ -282,8 +284,8 @@ struct row_search {
     }
 };
 
-static __global__ void __cluster_dims__(SAMPLE_CLUSTER) __launch_bounds__(SAMPLE_THREADS, 2)
-    sample_kernel(const __grid_constant__ struct sample_rows rows, const float *logits, int vocab, int part, int32_t *ids)
+static __global__ void __cluster_dims__(SAMPLE_CLUSTER) __launch_bounds__(SAMPLE_THREADS, 2) sample_kernel(
+    const __grid_constant__ struct sample_rows rows, const float *logits, int vocab, int part, int32_t *ids)
 {
     extern __shared__ __align__(16) char shared[];
     const int index = blockIdx.x / SAMPLE_CLUSTER, rank = blockIdx.x % SAMPLE_CLUSTER;
@@ -311,8 +313,8 @@ void lr_cuda_sample(const struct lr_exec *exec, const struct lr_sample_args *arg
 {
     const int part = static_cast<int>((args->vocab + lr::SAMPLE_CLUSTER - 1) / lr::SAMPLE_CLUSTER);
     const size_t bytes = sizeof(struct lr::sample_memory) + static_cast<size_t>(part) * sizeof(uint32_t);
-    cudaError_t error = cudaFuncSetAttribute(lr::sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(bytes));
+    cudaError_t error =
+        cudaFuncSetAttribute(lr::sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     for (int64_t first = 0; first < args->n_rows && error == cudaSuccess; first += lr::SAMPLE_ROWS) {
         struct lr::sample_rows rows = {};
         const int64_t n = args->n_rows - first < lr::SAMPLE_ROWS ? args->n_rows - first : lr::SAMPLE_ROWS;
