@@ -49,7 +49,8 @@ enum {
     LR_MAX_DELTA_DIM = 1024, /* key dimension of the delta rule */
     LR_MAX_CONV_TAPS = 64,
     LR_MAX_EXPERTS = 4096,
-    LR_MAX_TOP_K = 4096 /* blocks chosen per query block */
+    LR_MAX_TOP_K = 4096, /* blocks chosen per query block */
+    LR_MAX_VOCAB = 3 << 17
 };
 
 enum { LR_UNIT_UPLOAD_BYTES = 8 << 20 };
@@ -497,6 +498,29 @@ struct lr_moe_combine_args {
     const float *shared_gate; /* [n_rows] logits; NULL: the factor of `shared` is 1 */
 };
 
+/* ---- choosing tokens
+ * ---------------------------------------------------------------------------------------------- */
+
+struct lr_sampling {
+    float temperature; /* 0: greedy, the lowest id among the largest logits */
+    int32_t top_k;     /* 0: all; else only the k largest logits (ties: the lower id) */
+    float top_p;       /* 1: all; else the fewest tokens, by falling probability, whose sum reaches top_p */
+    uint64_t seed;
+};
+
+/* The next token of every row. Probabilities are exp((logit - largest) / temperature) as integers of 2^-44
+ * (kernels/sample.h); top_k, top_p and the draw walk over the tokens by falling logit, equal ones by rising id; the
+ * random number is a function of (seed, position). So the token depends on the row's logits only, and is the same from
+ * every backend. */
+struct lr_sample_args {
+    const float *logits; /* [n_rows, vocab] contiguous */
+    int64_t n_rows;
+    int64_t vocab;                      /* at most LR_MAX_VOCAB */
+    const struct lr_sampling *sampling; /* host [n_rows] */
+    const int64_t *positions;           /* host [n_rows], of the tokens to come */
+    int32_t *ids;                       /* [n_rows]; -1 where a logit is NaN, or the largest is infinite */
+};
+
 /* ---- the table
  * ----------------------------------------------------------------------------------------------------
  */
@@ -633,6 +657,8 @@ struct lr_kernel_ops {
     void (*gather_rows)(
         const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows, int64_t n_rows, void *y);
     void (*moe_combine)(const struct lr_exec *exec, const struct lr_moe_combine_args *args);
+
+    void (*sample)(const struct lr_exec *exec, const struct lr_sample_args *args);
 };
 
 enum lr_isa { LR_ISA_AUTO, LR_ISA_V4, LR_ISA_V3, LR_ISA_C };
