@@ -553,7 +553,8 @@ struct lr_memory_ops {
 };
 
 struct lr_kernel_ops {
-    const char *name; /* "cpu-v4", "cpu-v3", "cpu-c", "cuda-bf16", "cuda-f16" */
+    const char *name; /* "cpu-v4", "cpu-v3", "cpu-c"; "cuda-bf16", "cuda-f16", with "-mma" behind for the portable
+                         kernels. CPUs give the same bits under all their names, GPUs under one */
     enum lr_dtype act_dtype; /* of lr_act: LR_F32 (cpu), LR_BF16 or LR_F16 (cuda) */
     int host_memory;         /* 1: the backend's memory is the host's */
     struct lr_memory_ops memory;

@@ -5,7 +5,7 @@
  *
  *   K: padded / 64 panels of [128 tokens][64 channels]  |  V: the same
  *
- * each panel in the 128-byte swizzle of hopper.cuh. A block starts on a multiple of 128 bytes; tokens that do not exist
+ * each panel in the 128-byte swizzle of mma.cuh. A block starts on a multiple of 128 bytes; tokens that do not exist
  * yet are zero.
  *
  * The running softmax is in log2 units: l = sum_j exp2(s_j log2(e) - m), o likewise, with a reference m that trails the

@@ -13,7 +13,7 @@
  * thousand slots turns into percents.)
  *
  * A fold is the same scan over more columns: those behind dv start as the identity's and have no B. */
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/recurrence_grid.cuh"
 #include "kernels/cuda/recurrence_launch.h"
 
