@@ -1,6 +1,6 @@
 /* The arithmetic of the slot `sample`, one source for C and CUDA: what is rounded here is rounded the same everywhere,
- * and what is summed is integers, so every backend chooses the same token from the same logits, in whatever order and in
- * however many parts it adds.
+ * and what is summed is integers, so every backend chooses the same token from the same logits, in whatever order and
+ * in however many parts it adds.
  *
  *   key      32 bits, ascending in the order of choice: NaN first, then falling logits (-0 is 0)
  *   place    key << 19 | id: a token's place in that order, ties to the lower id

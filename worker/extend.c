@@ -33,7 +33,8 @@ void lr_fork_rewind(struct lr_fork *fork)
     const struct lr_model_dims *dims = &engine->model.dims;
     size_t layers = (size_t)dims->n_delta_layers;
     memory->copy(&engine->exec, fork->states, session->states, layers * lr_state_floats(dims) * sizeof(float));
-    memory->copy(&engine->exec, fork->tails, session->tails, layers * lr_tail_elements(dims) * lr_act_bytes(engine->ops));
+    memory->copy(&engine->exec, fork->tails, session->tails,
+                 layers * lr_tail_elements(dims) * lr_act_bytes(engine->ops));
     fork->position = session->n_tokens;
     if (!fork->kv)
         return;
@@ -137,8 +138,8 @@ static enum lr_status sink_rows(const struct extension *extension, const struct 
         lr_step_logits(engine, step->x + i * dims->d, 1, normed, logits);
         status = lr_step_view(session, logits, (size_t)dims->vocab * sizeof *logits, &view, err);
         if (status == LR_OK)
-            status = lr_sink_logits(engine, extension->output.sink, extension->output.sink_context,
-                                    step->positions[i], view, err);
+            status = lr_sink_logits(engine, extension->output.sink, extension->output.sink_context, step->positions[i],
+                                    view, err);
         lr_step_rewind(session, mark);
     }
     return lr_agree(engine->comm, status, err);
@@ -215,8 +216,7 @@ static enum lr_status take_head(const struct extension *extension, struct head h
     const struct lr_fork_output *output = &extension->output;
     size_t row = (size_t)engine->model.dims.vocab;
     for (int64_t i = 0; head.logits && output->logits && i < extension->n; i++)
-        LR_TRY(engine->ops->memory.download(&engine->exec,
-                                            output->logits + (size_t)extension->entries[i].source * row,
+        LR_TRY(engine->ops->memory.download(&engine->exec, output->logits + (size_t)extension->entries[i].source * row,
                                             head.logits + (size_t)i * row, row * sizeof(float), err));
     if (!head.next)
         return LR_OK;
@@ -227,7 +227,8 @@ static enum lr_status take_head(const struct extension *extension, struct head h
     return LR_OK;
 }
 
-/* Whether a step can be one unit: it meets no other worker and asks the device nothing on the way, and its lists fit. */
+/* Whether a step can be one unit: it meets no other worker and asks the device nothing on the way, and its lists fit.
+ */
 static int is_unit(const struct lr_session *session)
 {
     const struct lr_engine *engine = session->engine;

@@ -46,8 +46,7 @@ static int32_t take_token(struct group *group, int64_t slot, int64_t first_quest
 }
 
 /* Worker 0 takes all chosen tokens and tells the others, FAILED first where one could not be chosen. */
-static enum lr_status
-share_tokens(struct group *group, int64_t n_running, int64_t first_question, struct lr_error *err)
+static enum lr_status share_tokens(struct group *group, int64_t n_running, int64_t first_question, struct lr_error *err)
 {
     const struct lr_engine *engine = group->session->engine;
     enum lr_status mine = LR_OK;

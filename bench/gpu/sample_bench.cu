@@ -18,8 +18,8 @@ struct way {
 
 /* What a request may ask for, and what is hardest: tokens that all lie in one bin. */
 const struct way ways[] = {
-    {"greedy", 0.0f, 1.0f, 0},        {"all", 1.0f, 1.0f, 0},     {"top_k_50", 1.0f, 1.0f, 50},
-    {"top_p_0.9", 1.0f, 0.9f, 0},     {"both", 0.7f, 0.8f, 20},   {"hot_top_p_0.9", 10.0f, 0.9f, 0},
+    {"greedy", 0.0f, 1.0f, 0},        {"all", 1.0f, 1.0f, 0},   {"top_k_50", 1.0f, 1.0f, 50},
+    {"top_p_0.9", 1.0f, 0.9f, 0},     {"both", 0.7f, 0.8f, 20}, {"hot_top_p_0.9", 10.0f, 0.9f, 0},
     {"all_alike", 1e6f, 0.9f, 50000},
 };
 

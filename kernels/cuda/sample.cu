@@ -284,8 +284,8 @@ template <class Team> struct row_search {
         return end_cut();
     }
 
-    /* The first key, from the largest logit's on, whose exponent lies in bin `bin` or behind it: every lane tries one of
-     * 32 digits. */
+    /* The first key, from the largest logit's on, whose exponent lies in bin `bin` or behind it: every lane tries one
+     * of 32 digits. */
     __device__ __forceinline__ uint32_t first_key(int bin) const
     {
         const uint32_t lane = threadIdx.x % 32, best = lr_sample_key(largest);
@@ -307,7 +307,8 @@ template <class Team> struct row_search {
         struct bin bin = find_bin(mine, measure, goal);
         *weight = bin.before.weight;
         if (bin.mass.n_tokens > 1) {
-            uint64_t begin = lr_sample_place(first_key(bin.index), 0), end = lr_sample_place(first_key(bin.index + 1), 0);
+            uint64_t begin = lr_sample_place(first_key(bin.index), 0),
+                     end = lr_sample_place(first_key(bin.index + 1), 0);
             do {
                 int shift = 0;
                 while ((end - begin - 1) >> shift >= BINS)
@@ -339,8 +340,8 @@ template <class Team> struct row_search {
 };
 
 template <class Team>
-static __global__ void __launch_bounds__(Team::THREADS, Team::RESIDENT)
-    sample_kernel(const __grid_constant__ struct sample_rows rows, const float *logits, int vocab, int part, int32_t *ids)
+static __global__ void __launch_bounds__(Team::THREADS, Team::RESIDENT) sample_kernel(
+    const __grid_constant__ struct sample_rows rows, const float *logits, int vocab, int part, int32_t *ids)
 {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     constexpr bool RUNS = true;
@@ -349,15 +350,14 @@ static __global__ void __launch_bounds__(Team::THREADS, Team::RESIDENT)
 #endif
     if constexpr (RUNS) {
         extern __shared__ __align__(16) char shared[];
-        const int index = blockIdx.x / Team::BLOCKS, rank = blockIdx.x % Team::BLOCKS;
+        const int index = blockIdx.x / Team::BLOCKS, rank = blockIdx.x % Team::BLOCKS, first = rank * part;
+        const int n = min(part, max(vocab - first, 0));
         const struct sample_row &row = rows.row[index];
-        struct row_search<Team> search = {*reinterpret_cast<typename row_search<Team>::memory *>(shared),
-                                          logits + static_cast<int64_t>(index) * vocab + rank * part,
-                                          rank * part,
-                                          min(part, max(vocab - rank * part, 0)),
-                                          0.0f,
-                                          row.scale,
-                                          0};
+        auto &memory = *reinterpret_cast<typename row_search<Team>::memory *>(shared);
+        const float *mine = logits + static_cast<int64_t>(index) * vocab + first;
+        struct row_search<Team> search = {
+            memory, mine, first, n, 0.0f, row.scale, 0
+        };
         const uint64_t best = search.read();
         search.largest = lr_sample_logit(static_cast<uint32_t>(best >> LR_SAMPLE_ID_BITS));
         int32_t id = -1;

@@ -93,8 +93,8 @@ static int32_t *sample_everywhere(const struct rows *r)
 }
 
 /* One row at many positions, by one table. */
-static void sample_positions(
-    const float *logits, int64_t vocab, const struct lr_sampling *sampling, int64_t n, int32_t *ids)
+static void
+sample_positions(const float *logits, int64_t vocab, const struct lr_sampling *sampling, int64_t n, int32_t *ids)
 {
     const struct lr_kernel_ops *ops = machine.tables[machine.n_tables - 1];
     for (int64_t i = 0; i < n; i++) {
@@ -322,7 +322,7 @@ static void test_weights(void **state)
 static void test_keys(void **state)
 {
     (void)state;
-    static const float falling[] = {NAN,   INFINITY, FLT_MAX, 2.0f,      1.0f, 1e-45f,
+    static const float falling[] = {NAN,   INFINITY, FLT_MAX, 2.0f,     1.0f,     1e-45f,
                                     -0.0f, -1e-45f,  -1.0f,   -FLT_MAX, -INFINITY};
     assert_int_equal(lr_sample_key(0.0f), lr_sample_key(-0.0f));
     assert_int_equal(lr_sample_key(-NAN), 0);
@@ -344,8 +344,8 @@ static void test_random_numbers(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_against_sort), cmocka_unit_test(test_frequencies), cmocka_unit_test(test_the_largest),
-        cmocka_unit_test(test_widest_row),   cmocka_unit_test(test_no_numbers),  cmocka_unit_test(test_weights),
+        cmocka_unit_test(test_against_sort), cmocka_unit_test(test_frequencies),    cmocka_unit_test(test_the_largest),
+        cmocka_unit_test(test_widest_row),   cmocka_unit_test(test_no_numbers),     cmocka_unit_test(test_weights),
         cmocka_unit_test(test_keys),         cmocka_unit_test(test_random_numbers),
     };
     return cmocka_run_group_tests(tests, open_machine, close_machine);

@@ -46,8 +46,7 @@ static void compare(int64_t n_rows, int64_t vocab, int n_draws, uint64_t seed)
         fill_row(logits + t * vocab, vocab, (enum logits)(t % N_LOGITS), &seed);
     float *device_logits = check_device_copy(logits, (size_t)(n_rows * vocab) * sizeof *logits);
     int32_t *device_ids = check_device((size_t)n_rows * sizeof *want);
-    struct lr_sample_args args = {
-        .n_rows = n_rows, .vocab = vocab, .sampling = sampling, .positions = positions};
+    struct lr_sample_args args = {.n_rows = n_rows, .vocab = vocab, .sampling = sampling, .positions = positions};
     for (int draw = 0; draw < n_draws; draw++) {
         for (int64_t t = 0; t < n_rows; t++) {
             sampling[t] = any_sampling(&seed);
@@ -169,9 +168,8 @@ static void in_a_unit(void)
 }
 
 static const struct check_case cases[] = {
-    {"small vocabularies", small_vocabularies}, {"one row", one_row},
-    {"32 x 151,936", large_vocabulary},         {"262,144 and the largest", largest_vocabulary},
-    {"no numbers", no_numbers},                 {"in a unit", in_a_unit},
+    {"small vocabularies", small_vocabularies},      {"one row", one_row},       {"32 x 151,936", large_vocabulary},
+    {"262,144 and the largest", largest_vocabulary}, {"no numbers", no_numbers}, {"in a unit", in_a_unit},
 };
 
 int main(void)
