@@ -1,5 +1,5 @@
-"""PyTorch's times for the lines of sample_bench.cu, in the same run on the same GPU, and the ratios.
-usage: sample_peers.py FILE     FILE: the output of sample_bench"""
+"""PyTorch's times for the lines of sample_bench.cu.
+usage: sample_peers.py [FILE]     FILE: the output of sample_bench in the same run on the same GPU; adds ours and the ratios"""
 import sys
 import torch
 from triton.testing import do_bench
@@ -34,12 +34,12 @@ WAYS = {
 }
 
 print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
-for line in open(sys.argv[1]):
-    if not line.startswith("sample_"):
-        continue
-    name, time, size = line.split()
-    time = float(time)
-    _, rows, way = name.split("_", 2)
-    logits = torch.randn(int(rows), VOCAB, device="cuda") * 3
-    peer = do_bench(lambda: draw(logits, *WAYS[way]), warmup=10, rep=40, return_mode="median")
-    print(f"{name:28s} {time * 1e3:8.1f} us   torch {peer * 1e3:8.1f} us   ratio {peer / time:6.2f}", flush=True)
+lines = open(sys.argv[1]).readlines() if len(sys.argv) > 1 else []
+ours = {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("sample_")}
+for rows in (1, 32, 64):
+    logits = torch.randn(rows, VOCAB, device="cuda") * 3
+    for way, arguments in WAYS.items():
+        name = f"sample_{rows}_{way}"
+        peer = do_bench(lambda: draw(logits, *arguments), warmup=10, rep=40, return_mode="median")
+        text = f"{name:28s} torch {peer * 1e3:8.1f} us"
+        print(text + (f"   ours {ours[name] * 1e3:8.1f} us   ratio {peer / ours[name]:6.2f}" if name in ours else ""), flush=True)
