@@ -64,8 +64,10 @@ struct lr_cuda_fold {
 /* Channels of a head in a block: 64, 128 or 256; 0 beyond. */
 int64_t LR_CUDA(padded_head_dim)(int64_t head_dim);
 
-/* Launches on exec's stream. */
+/* Launches on exec's stream: the kernels for Hopper or the portable ones, as lr_cuda_hopper_kernels says. */
 void LR_CUDA(fold_rows)(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot);
+void LR_CUDA(fold_rows_hopper)(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot);
+void LR_CUDA(fold_rows_portable)(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot);
 
 #ifdef __cplusplus
 }

@@ -26,7 +26,7 @@ constexpr int64_t SPIN_NS = 2000000; /* a wait polls without pause for so long, 
 constexpr int64_t DOZE_NS = 50000;
 
 struct backend {
-    int device, n_multiprocessors;
+    int device, n_multiprocessors, block_shared_bytes;
     int hopper_kernels; /* or the portable ones */
     char name[256];
     cudaStream_t stream;
@@ -138,6 +138,7 @@ enum lr_status choose_device(struct backend *b, struct lr_error *err)
     LR_TRY(choose_kernels(b, properties, err));
     memcpy(b->name, properties.name, sizeof b->name - 1);
     b->n_multiprocessors = properties.multiProcessorCount;
+    b->block_shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin);
     CUDA_TRY(cudaSetDevice(b->device), "start it");
     return LR_OK;
 }
@@ -310,6 +311,11 @@ void *lr_cuda_scratch(const struct lr_exec *exec)
 int lr_cuda_multiprocessors(const struct lr_exec *exec)
 {
     return of(exec)->n_multiprocessors;
+}
+
+int lr_cuda_block_shared_bytes(const struct lr_exec *exec)
+{
+    return of(exec)->block_shared_bytes;
 }
 
 int lr_cuda_hopper_kernels(const struct lr_exec *exec)
