@@ -1,6 +1,7 @@
 /* Sampling: kernels/sample.h's integers, so that the token is the CPU's, however the sums are divided.
  *
- * A cluster of eight blocks takes a row; each keeps the keys of its part of the vocabulary in shared memory:
+ * A team takes a row: a block alone, or (sm_90) a cluster of eight, each of which keeps the keys of its part of the
+ * vocabulary in shared memory:
  *
  *   row     | block 0 | block 1 | ... | block 7 |       one read of the logits
  *   cut     |  |  |##|  |  |  ...  one bin a thread     each block counts and weighs its tokens by bins; then every
@@ -8,7 +9,7 @@
  *   again         |  |  |#|  |                          inside that bin, until it holds one token
  *
  * top_k, top_p and the draw are three such searches; they begin from the same first cut. Two cuts take turns, so that
- * one barrier of the cluster a cut is enough. */
+ * one meeting of the team a cut is enough. */
 #include "kernels/sample.h"
 
 #include "kernels/cuda/backend.h"
@@ -19,12 +20,42 @@
 namespace lr
 {
 
-constexpr int SAMPLE_CLUSTER = 8;
-constexpr int SAMPLE_THREADS = 512;
-constexpr int SAMPLE_BINS = SAMPLE_THREADS;
-constexpr int SAMPLE_WARPS = SAMPLE_THREADS / 32;
+/* ---- teams ---- */
+
+struct block_team {
+    static constexpr int BLOCKS = 1, THREADS = 1024, RESIDENT = 1;
+
+    static __device__ __forceinline__ void meet()
+    {
+        __syncthreads();
+    }
+
+    /* The same place in another block's shared memory. */
+    template <class T> static __device__ __forceinline__ const T *at(const T *mine, int)
+    {
+        return mine;
+    }
+};
+
+struct cluster_team {
+    static constexpr int BLOCKS = 8, THREADS = 512, RESIDENT = 2;
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    static __device__ __forceinline__ void meet()
+    {
+        cooperative_groups::this_cluster().sync();
+    }
+
+    template <class T> static __device__ __forceinline__ const T *at(const T *mine, int rank)
+    {
+        return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+    }
+#endif
+};
+
+/* ---- a row ---- */
+
 constexpr int SAMPLE_ROWS = 64; /* of a launch: they travel as its parameter */
-constexpr int SAMPLE_UNROLL = 8;
 
 struct sample_row {
     double scale;  /* 1 / temperature; 0: greedy */
@@ -50,26 +81,11 @@ static __device__ __forceinline__ uint64_t measured(const struct mass &mass, enu
     return measure == TOKENS ? mass.n_tokens : mass.weight;
 }
 
-/* A block's tokens by bins. Shared memory adds 32 bits at once: weights are two words and a carry. */
-struct cut {
-    uint32_t n_tokens[SAMPLE_BINS], low[SAMPLE_BINS], high[SAMPLE_BINS];
-    uint32_t ids[SAMPLE_BINS]; /* their sum: the token where there is one */
-};
-
 /* A bin of the whole row. */
 struct bin {
     int index;
     uint32_t ids;
     struct mass mass, before;
-};
-
-struct sample_memory {
-    struct cut cuts[2];
-    uint64_t best[SAMPLE_WARPS];
-    uint64_t block_best;
-    struct mass warps[SAMPLE_WARPS], all;
-    struct bin found;
-    uint32_t keys[]; /* of the block's part */
 };
 
 static __device__ __forceinline__ uint64_t warp_min(uint64_t x)
@@ -82,39 +98,78 @@ static __device__ __forceinline__ uint64_t warp_min(uint64_t x)
     return x;
 }
 
-/* One row as one of its eight blocks sees it. Every thread of the cluster calls the same functions in the same order.
- */
-struct row_search {
-    struct sample_memory &memory;
-    cooperative_groups::cluster_group cluster;
-    int first, n; /* the part: tokens [first, first + n) */
+/* One row as one block of its team sees it. Every thread of the team calls the same functions in the same order. */
+template <class Team> struct row_search {
+    static constexpr int THREADS = Team::THREADS, BINS = THREADS, WARPS = THREADS / 32, UNROLL = 8;
+    static constexpr bool KEEPS_KEYS = Team::BLOCKS > 1;
+
+    /* The block's tokens by bins. Shared memory adds 32 bits at once: weights are two words and a carry. */
+    struct cut {
+        uint32_t n_tokens[BINS], low[BINS], high[BINS];
+        uint32_t ids[BINS]; /* their sum: the token where there is one */
+    };
+
+    struct memory {
+        struct cut cuts[2];
+        uint64_t best[WARPS];
+        uint64_t block_best;
+        struct mass warps[WARPS], all;
+        struct bin found;
+        uint32_t keys[]; /* [n] where they are kept */
+    };
+
+    struct memory &memory;
+    const float *logits; /* of the part: tokens [first, first + n) */
+    int first, n;
     float largest;
     double scale;
     int turn;
+
+    __device__ __forceinline__ uint32_t key_of(int i) const
+    {
+        if constexpr (KEEPS_KEYS)
+            return memory.keys[i];
+        else
+            return lr_sample_key(logits[i]);
+    }
 
     __device__ __forceinline__ double exponent(uint32_t key) const
     {
         return lr_sample_exponent(lr_sample_logit(key), largest, scale);
     }
 
+    /* Calls body(i, key) for the part's tokens; the keys of a few are on their way together. */
+    template <class Body> __device__ __forceinline__ void for_keys(Body body) const
+    {
+        for (int start = threadIdx.x; start < n; start += UNROLL * THREADS) {
+            uint32_t key[UNROLL];
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++)
+                key[u] = start + u * THREADS < n ? key_of(start + u * THREADS) : 0;
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++)
+                if (start + u * THREADS < n)
+                    body(start + u * THREADS, key[u]);
+        }
+    }
+
     /* Reads the part; returns the first place of the row. */
-    __device__ __forceinline__ uint64_t read(const float *logits)
+    __device__ __forceinline__ uint64_t read()
     {
         uint64_t best = UINT64_MAX;
-        for (int start = threadIdx.x; start < n; start += SAMPLE_UNROLL * SAMPLE_THREADS) {
-            float logit[SAMPLE_UNROLL];
+        for (int start = threadIdx.x; start < n; start += UNROLL * THREADS) {
+            float logit[UNROLL];
 #pragma unroll
-            for (int u = 0; u < SAMPLE_UNROLL; u++) {
-                const int i = start + u * SAMPLE_THREADS;
-                logit[u] = i < n ? logits[first + i] : 0.0f;
-            }
+            for (int u = 0; u < UNROLL; u++)
+                logit[u] = start + u * THREADS < n ? logits[start + u * THREADS] : 0.0f;
 #pragma unroll
-            for (int u = 0; u < SAMPLE_UNROLL; u++) {
-                const int i = start + u * SAMPLE_THREADS;
+            for (int u = 0; u < UNROLL; u++) {
+                const int i = start + u * THREADS;
                 if (i < n) {
                     const uint32_t key = lr_sample_key(logit[u]);
                     const uint64_t place = lr_sample_place(key, first + i);
-                    memory.keys[i] = key;
+                    if constexpr (KEEPS_KEYS)
+                        memory.keys[i] = key;
                     best = place < best ? place : best;
                 }
             }
@@ -124,12 +179,12 @@ struct row_search {
             memory.best[threadIdx.x / 32] = best;
         __syncthreads();
         if (threadIdx.x < 32) {
-            best = warp_min(memory.best[threadIdx.x % SAMPLE_WARPS]);
+            best = warp_min(memory.best[threadIdx.x % WARPS]);
             memory.block_best = best;
         }
-        cluster.sync();
-        for (int rank = 0; rank < SAMPLE_CLUSTER; rank++) {
-            const uint64_t other = *cluster.map_shared_rank(&memory.block_best, rank);
+        Team::meet();
+        for (int rank = 0; rank < Team::BLOCKS; rank++) {
+            const uint64_t other = *Team::at(&memory.block_best, rank);
             best = rank == 0 || other < best ? other : best;
         }
         return best;
@@ -159,10 +214,10 @@ struct row_search {
     {
         const int thread = threadIdx.x, lane = thread % 32;
         struct bin bin = {thread, 0, {0, 0}, {0, 0}};
-        cluster.sync();
+        Team::meet();
 #pragma unroll
-        for (int rank = 0; rank < SAMPLE_CLUSTER; rank++) {
-            const struct cut *other = cluster.map_shared_rank(&memory.cuts[turn], rank);
+        for (int rank = 0; rank < Team::BLOCKS; rank++) {
+            const struct cut *other = Team::at(&memory.cuts[turn], rank);
             bin.mass.n_tokens += other->n_tokens[thread];
             bin.mass.weight += (static_cast<uint64_t>(other->high[thread]) << 32) + other->low[thread];
             bin.ids += other->ids[thread];
@@ -183,7 +238,7 @@ struct row_search {
             sum.n_tokens += memory.warps[warp].n_tokens;
             sum.weight += memory.warps[warp].weight;
         }
-        if (thread == SAMPLE_THREADS - 1)
+        if (thread == THREADS - 1)
             memory.all = sum;
         bin.before = {sum.n_tokens - bin.mass.n_tokens, sum.weight - bin.mass.weight};
         return bin;
@@ -204,29 +259,28 @@ struct row_search {
     __device__ __forceinline__ struct bin cut_exponents()
     {
         begin_cut();
-        for (int i = threadIdx.x; i < n; i += SAMPLE_THREADS) {
-            const double x = exponent(memory.keys[i]);
-            const int bin = lr_sample_bin(x, SAMPLE_BINS);
-            if (bin < SAMPLE_BINS)
+        for_keys([this](int i, uint32_t key) {
+            const double x = exponent(key);
+            const int bin = lr_sample_bin(x, BINS);
+            if (bin < BINS)
                 add(bin, x, i);
-        }
+        });
         return end_cut();
     }
 
     /* By place: the tokens of places [begin, end), 2^shift places a bin. */
     __device__ __forceinline__ struct bin cut_places(uint64_t begin, uint64_t end, int shift)
     {
-        const uint32_t first_key = static_cast<uint32_t>(begin >> LR_SAMPLE_ID_BITS);
-        const uint32_t more_keys = static_cast<uint32_t>((end - 1) >> LR_SAMPLE_ID_BITS) - first_key;
+        const uint32_t key_begin = static_cast<uint32_t>(begin >> LR_SAMPLE_ID_BITS);
+        const uint32_t more_keys = static_cast<uint32_t>((end - 1) >> LR_SAMPLE_ID_BITS) - key_begin;
         begin_cut();
-        for (int i = threadIdx.x; i < n; i += SAMPLE_THREADS) {
-            const uint32_t key = memory.keys[i];
-            if (key - first_key > more_keys)
-                continue;
+        for_keys([=](int i, uint32_t key) {
+            if (key - key_begin > more_keys)
+                return;
             const uint64_t offset = lr_sample_place(key, first + i) - begin;
             if (offset < end - begin)
                 add(static_cast<int>(offset >> shift), exponent(key), i);
-        }
+        });
         return end_cut();
     }
 
@@ -241,7 +295,7 @@ struct row_search {
         for (int shift = 30; shift >= 0; shift -= 5) {
             const uint32_t key = before + (lane << shift);
             const bool is_before =
-                (shift < 30 || lane < 4) && (key <= best || lr_sample_bin(exponent(key), SAMPLE_BINS) < bin);
+                (shift < 30 || lane < 4) && (key <= best || lr_sample_bin(exponent(key), BINS) < bin);
             before += (__popc(__ballot_sync(0xffffffffu, is_before)) - 1u) << shift;
         }
         return before + 1;
@@ -256,8 +310,9 @@ struct row_search {
             uint64_t begin = lr_sample_place(first_key(bin.index), 0),
                      end = lr_sample_place(first_key(bin.index + 1), 0);
             do {
-                const int excess = 64 - __clzll(static_cast<long long>(end - begin - 1)) - 9, shift = max(excess, 0);
-                static_assert(SAMPLE_BINS == 1 << 9, "nine bits a cut");
+                int shift = 0;
+                while ((end - begin - 1) >> shift >= BINS)
+                    shift++;
                 goal -= measured(bin.before, measure);
                 bin = find_bin(cut_places(begin, end, shift), measure, goal);
                 *weight += bin.before.weight;
@@ -284,49 +339,77 @@ struct row_search {
     }
 };
 
-static __global__ void __cluster_dims__(SAMPLE_CLUSTER) __launch_bounds__(SAMPLE_THREADS, 2) sample_kernel(
+template <class Team>
+static __global__ void __launch_bounds__(Team::THREADS, Team::RESIDENT) sample_kernel(
     const __grid_constant__ struct sample_rows rows, const float *logits, int vocab, int part, int32_t *ids)
 {
-    extern __shared__ __align__(16) char shared[];
-    const int index = blockIdx.x / SAMPLE_CLUSTER, rank = blockIdx.x % SAMPLE_CLUSTER;
-    const struct sample_row &row = rows.row[index];
-    struct row_search search = {*reinterpret_cast<struct sample_memory *>(shared),
-                                cooperative_groups::this_cluster(),
-                                rank * part,
-                                min(part, max(vocab - rank * part, 0)),
-                                0.0f,
-                                row.scale,
-                                0};
-    const uint64_t best = search.read(logits + static_cast<int64_t>(index) * vocab);
-    search.largest = lr_sample_logit(static_cast<uint32_t>(best >> LR_SAMPLE_ID_BITS));
-    int32_t id = -1;
-    if (isfinite(search.largest))
-        id = row.scale > 0.0 ? search.draw(row) : static_cast<int32_t>(best & ((1u << LR_SAMPLE_ID_BITS) - 1));
-    if (rank == 0 && threadIdx.x == 0)
-        ids[index] = id;
-    search.cluster.sync(); /* nobody leaves while others read its memory */
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    constexpr bool RUNS = true;
+#else
+    constexpr bool RUNS = Team::BLOCKS == 1; /* there are no clusters */
+#endif
+    if constexpr (RUNS) {
+        extern __shared__ __align__(16) char shared[];
+        const int index = blockIdx.x / Team::BLOCKS, rank = blockIdx.x % Team::BLOCKS, first = rank * part;
+        const int n = min(part, max(vocab - first, 0));
+        const struct sample_row &row = rows.row[index];
+        auto &memory = *reinterpret_cast<typename row_search<Team>::memory *>(shared);
+        const float *mine = logits + static_cast<int64_t>(index) * vocab + first;
+        struct row_search<Team> search = {
+            memory, mine, first, n, 0.0f, row.scale, 0
+        };
+        const uint64_t best = search.read();
+        search.largest = lr_sample_logit(static_cast<uint32_t>(best >> LR_SAMPLE_ID_BITS));
+        int32_t id = -1;
+        if (isfinite(search.largest))
+            id = row.scale > 0.0 ? search.draw(row) : static_cast<int32_t>(best & ((1u << LR_SAMPLE_ID_BITS) - 1));
+        if (rank == 0 && threadIdx.x == 0)
+            ids[index] = id;
+        Team::meet(); /* nobody leaves while others read its memory */
+    }
+}
+
+/* Up to SAMPLE_ROWS rows. */
+template <class Team>
+static cudaError_t launch(const struct lr_exec *exec, const struct lr_sample_args *args, int64_t first, int64_t n)
+{
+    struct sample_rows rows = {};
+    for (int64_t t = 0; t < n; t++) {
+        const struct lr_sampling &s = args->sampling[first + t];
+        rows.row[t] = {s.temperature > 0.0f ? 1.0 / static_cast<double>(s.temperature) : 0.0,
+                       lr_sample_bits(s.seed, args->positions[first + t]), s.top_p, s.top_k};
+    }
+    const int vocab = static_cast<int>(args->vocab), part = (vocab + Team::BLOCKS - 1) / Team::BLOCKS;
+    const size_t keys = row_search<Team>::KEEPS_KEYS ? static_cast<size_t>(part) : 0;
+    const size_t bytes = sizeof(typename row_search<Team>::memory) + keys * sizeof(uint32_t);
+    const auto kernel = sample_kernel<Team>;
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error != cudaSuccess)
+        return error;
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {Team::BLOCKS, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(n * Team::BLOCKS));
+    config.blockDim = dim3(Team::THREADS);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream_of(exec);
+    config.attrs = &cluster;
+    config.numAttrs = Team::BLOCKS > 1 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, rows, args->logits + first * args->vocab, vocab, part,
+                              args->ids + first);
 }
 
 } // namespace lr
 
 void lr_cuda_sample(const struct lr_exec *exec, const struct lr_sample_args *args)
 {
-    const int part = static_cast<int>((args->vocab + lr::SAMPLE_CLUSTER - 1) / lr::SAMPLE_CLUSTER);
-    const size_t bytes = sizeof(struct lr::sample_memory) + static_cast<size_t>(part) * sizeof(uint32_t);
-    cudaError_t error =
-        cudaFuncSetAttribute(lr::sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    const auto launch = lr_cuda_hopper_kernels(exec) ? lr::launch<lr::cluster_team> : lr::launch<lr::block_team>;
+    cudaError_t error = cudaSuccess;
     for (int64_t first = 0; first < args->n_rows && error == cudaSuccess; first += lr::SAMPLE_ROWS) {
-        struct lr::sample_rows rows = {};
-        const int64_t n = args->n_rows - first < lr::SAMPLE_ROWS ? args->n_rows - first : lr::SAMPLE_ROWS;
-        for (int64_t t = 0; t < n; t++) {
-            const struct lr_sampling &s = args->sampling[first + t];
-            rows.row[t] = {s.temperature > 0.0f ? 1.0 / static_cast<double>(s.temperature) : 0.0,
-                           lr_sample_bits(s.seed, args->positions[first + t]), s.top_p, s.top_k};
-        }
-        lr::sample_kernel<<<static_cast<unsigned>(n * lr::SAMPLE_CLUSTER), lr::SAMPLE_THREADS, bytes,
-                            lr::stream_of(exec)>>>(rows, args->logits + first * args->vocab,
-                                                   static_cast<int>(args->vocab), part, args->ids + first);
-        error = cudaGetLastError();
+        const int64_t left = args->n_rows - first;
+        error = launch(exec, args, first, left < lr::SAMPLE_ROWS ? left : lr::SAMPLE_ROWS);
     }
     lr_cuda_note(exec, error, "sample");
 }
