@@ -264,9 +264,9 @@ static enum lr_status run_slices(
     LR_TRY(lr_step_layers(&step, err));
     keep_last_rows(extension, &step, first);
     int is_last = end == extension->entries[0].input->n_ids;
-    struct head head = is_last ? launch_head(extension) : (struct head){NULL, NULL};
     if (unit)
         LR_TRY(engine->ops->unit_end(&engine->exec, err));
+    struct head head = is_last ? launch_head(extension) : (struct head){NULL, NULL};
     for (int64_t f = 0; f < n_forks; f++)
         forks[f]->position += lr_batch_fork_tokens(&batch, f);
     LR_TRY(take_head(extension, head, err));
