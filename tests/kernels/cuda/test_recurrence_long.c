@@ -16,7 +16,7 @@
  *
  *   what goes into a product is rounded: 3e-3 to 4e-3 of a state that the keys renew in bf16, 5e-4 in float16
  *   the tensor cores align the terms of a sum to its largest and cut off what lies below its last bits: where the state
- *     is one of the terms, half of 2^-27 of it from each of a million updates, always towards zero: 3.7e-3 (FAINT)
+ *     is one of the terms, half of about 2^-27 of it (sm_90) from each of a million updates: 3.7e-3 (FAINT)
  *   a chunk multiplies the state by one approximate exponential, off by up to 2^-22 and the same way wherever gates are
  *     alike: 15,625 of them, 3.7e-3 (SLOW; 2.4e-4 was seen)
  *   the folds of 64 and of 16 maps in float32: 2^-22 each */
