@@ -44,8 +44,9 @@ int lr_cuda_hopper_kernels(const struct lr_exec *exec);
 
 void lr_cuda_unit_begin(const struct lr_exec *exec);
 enum lr_status lr_cuda_unit_end(const struct lr_exec *exec, struct lr_error *err);
+void lr_cuda_sample(const struct lr_exec *exec, const struct lr_sample_args *args);
 
-/* Every slot of the table but the memory's, each in the file named after what it computes. */
+/* The slots of the table that see activations, each in the file named after what it computes. */
 size_t LR_CUDA(weight_bytes)(int64_t n, int64_t k, enum lr_dtype dtype);
 void LR_CUDA(weight_pack)(struct lr_weight *w, int64_t row, int64_t n_rows, const void *rows);
 void LR_CUDA(gemm)(const struct lr_exec *exec, const struct lr_gemm_args *args);
