@@ -105,22 +105,24 @@ static __device__ __forceinline__ void add_lower(sums_64 &d, const operand_64 &a
     }
 }
 
-/* St <- whole St + U^T K, K [64 tokens, DK]. */
+/* St <- whole St + U^T K, K [64 tokens, DK]. The chunk's sum is made apart from the state: the tensor cores cut off what
+ * lies below the last bits of the largest term, and a state would take them from every small update. */
 template <int DK>
 static __device__ __forceinline__ void
 advance_state(float (&state)[DK / 2], float whole, const operand_64 &u, uint32_t k_tile)
 {
 #pragma unroll
-    for (int i = 0; i < DK / 2; i++) {
-        state[i] *= whole;
-    }
+    for (int j = 0; j < DK / 16; j++) {
+        float sum[8] = {};
 #pragma unroll
-    for (int kk = 0; kk < 4; kk++) {
-#pragma unroll
-        for (int j = 0; j < DK / 16; j++) {
+        for (int kk = 0; kk < 4; kk++) {
             uint32_t b[4];
             load_transposed(b, k_tile + j / 4 * BLOCK_BYTES + at_reduced(16 * kk, j % 4 * 2));
-            add_product(state, j, u[kk], b);
+            add_product(sum, 0, u[kk], b);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            state[8 * j + i] = fmaf(whole, state[8 * j + i], sum[i]);
         }
     }
 }

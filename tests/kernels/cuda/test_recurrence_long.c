@@ -14,9 +14,9 @@
  *
  * The tolerance is 6e-3 of the norm. Four errors add up to less:
  *
- *   what goes into a product is rounded to bf16 (2^-9): 3e-3 to 4e-3 of a state that the keys renew, as anywhere
- *   the tensor cores cut off what they add below the last bit of a sum, always towards zero: four sums a chunk, 62,500
- *     in a million tokens, of up to 2^-24 each: 3.7e-3 (FAINT)
+ *   what goes into a product is rounded: 3e-3 to 4e-3 of a state that the keys renew in bf16, 5e-4 in float16
+ *   the tensor cores align the terms of a sum to its largest and cut off what lies below its last bits: where the state
+ *     is one of the terms, half of about 2^-27 of it (sm_90) from each of a million updates: 3.7e-3 (FAINT)
  *   a chunk multiplies the state by one approximate exponential, off by up to 2^-22 and the same way wherever gates are
  *     alike: 15,625 of them, 3.7e-3 (SLOW; 2.4e-4 was seen)
  *   the folds of 64 and of 16 maps in float32: 2^-22 each */
