@@ -8,8 +8,9 @@
  * each panel in the 128-byte swizzle of mma.cuh. A block starts on a multiple of 128 bytes; tokens that do not exist
  * yet are zero.
  *
- * The running softmax is in log2 units: l = sum_j exp2(s_j log2(e) - m), o likewise, with a reference m that trails the
- * largest score seen by at most 8, so that o is hardly ever rescaled. It is a function of the row's list alone. */
+ * The running softmax is in log2 units: l = sum_j exp2(s_j log2(e) - m), o likewise, with a reference m that need not be
+ * the largest score: it goes up only where weights get large, so that o is hardly ever rescaled. It is a function of the
+ * row's list alone. */
 #ifndef LR_KERNELS_CUDA_ATTENTION_H
 #define LR_KERNELS_CUDA_ATTENTION_H
 

@@ -350,8 +350,8 @@ template <int D, int C, int KEYS> struct consumer_tile {
         for (int r = 0; r < 2; r++) {
             const float before = repeat ? repeat_row(score, stage, r, t.m[r], sum[r]) : 1.0f;
             const float up = sum[r] > MAX_SUM ? static_cast<float>((__float_as_int(sum[r]) >> 23) - 127) : 0.0f;
-            const float m = t.m[r] + up, factor = exp2_fast(t.m[r] - m);
-            t.m[r] = m;
+            const float factor = exp2_fast(-up); /* not of m's difference: m + up may be rounded, the weights must fit */
+            t.m[r] += up;
             t.l[r] *= before * factor;
             sum[r] *= factor;
 #pragma unroll
@@ -451,6 +451,7 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
                                          tile_descriptor(shared_address(s.q) + consumer * UNIT * 128, 0),
                                          tile_descriptor(shared_address(s.k), 0),
                                          tile_descriptor(shared_address(s.v), KEYS * 128)};
+    __syncwarp(); /* of what follows, much wants the warp together */
     barrier_wait(&s.q_full[consumer], round & 1);
     barrier_wait(&s.k_full[at.stage], at.parity);
     if (load_note(s.notes, at.stage).n_keys == 0) {
