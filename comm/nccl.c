@@ -286,7 +286,8 @@ copy_home(struct device_links *device, void *to, const void *from, size_t size_b
 {
     if (size_bytes == 0 || to == from)
         return LR_OK;
-    return lr_nccl_cuda_failed(cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDeviceToDevice, device->own), "a copy", err);
+    return lr_nccl_cuda_failed(cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDeviceToDevice, device->own), "a copy",
+                               err);
 }
 
 ncclResult_t lr_nccl_exchange(

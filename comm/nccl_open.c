@@ -83,8 +83,7 @@ static enum lr_status take_resources(struct device_links *device, struct lr_erro
 }
 
 /* Asks until NCCL has done what it was asked for: ncclInProgress when the time is up. */
-static ncclResult_t
-wait_for_nccl(const struct lr_comm *host, ncclComm_t nccl, ncclResult_t result, int64_t deadline_ns)
+static ncclResult_t wait_for_nccl(const struct lr_comm *host, ncclComm_t nccl, ncclResult_t result, int64_t deadline_ns)
 {
     for (int64_t tests = 1; result == ncclInProgress && lr_clock_ns() < deadline_ns; tests++) {
         ncclResult_t asked = ncclCommGetAsyncError(nccl, &result);
