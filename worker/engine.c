@@ -90,20 +90,33 @@ static void link_copy(void *context, void *to, const void *from, size_t size_byt
 static void link_upload(void *context, void *to, const void *from, size_t size_bytes)
 {
     const struct lr_engine *engine = context;
-    engine->ops->memory.upload(&engine->exec, to, from, size_bytes);
+    lr_cuda_move_up(&engine->exec, to, from, size_bytes);
 }
 
 static enum lr_status
 link_download(void *context, void *to, const void *from, size_t size_bytes, struct lr_error *err)
 {
     const struct lr_engine *engine = context;
-    return engine->ops->memory.download(&engine->exec, to, from, size_bytes, err);
+    return lr_cuda_move_down(&engine->exec, to, from, size_bytes, err);
 }
 
 static enum lr_status link_wait(void *context, struct lr_error *err)
 {
     const struct lr_engine *engine = context;
     return engine->ops->memory.wait(&engine->exec, err);
+}
+
+static void *link_pin(void *context, size_t size_bytes)
+{
+    (void)context;
+    return lr_cuda_pin(size_bytes);
+}
+
+static void link_unpin(void *context, void *base, size_t size_bytes)
+{
+    (void)context;
+    (void)size_bytes;
+    lr_cuda_unpin(base);
 }
 
 /* NCCL where it was asked for or can be had; several workers of one device, and a world of one, go through the host.
@@ -122,7 +135,9 @@ static enum lr_status open_links(const struct lr_engine_options *options, struct
                                     .copy = link_copy,
                                     .upload = link_upload,
                                     .download = link_download,
-                                    .wait = link_wait};
+                                    .wait = link_wait,
+                                    .pin = link_pin,
+                                    .unpin = link_unpin};
     enum lr_status status = LR_UNSUPPORTED;
     if (options->transport == LR_TRANSPORT_NCCL || (options->transport == LR_TRANSPORT_AUTO && comm->size > 1))
         status = lr_links_open_nccl(comm, &memory, &engine->device_links, err);

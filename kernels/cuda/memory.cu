@@ -4,6 +4,7 @@
  *   upload     host --memcpy--> ring (pinned) --bus--> device
  *   download   device --bus--> landing (pinned, two halves) --memcpy--> host */
 #include "kernels/cuda/backend.h"
+#include "kernels/cuda/cuda.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/rows.cuh"
 
@@ -163,6 +164,35 @@ void copy_rows(const struct lr_exec *exec,
 }
 
 } // namespace
+
+void *lr_cuda_pin(size_t size_bytes)
+{
+    void *base = nullptr;
+    if (cudaMallocHost(&base, size_bytes) != cudaSuccess)
+        base = nullptr;
+    (void)cudaGetLastError();
+    return base;
+}
+
+void lr_cuda_unpin(void *base)
+{
+    (void)cudaFreeHost(base);
+    (void)cudaGetLastError();
+}
+
+void lr_cuda_move_up(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes)
+{
+    lr_cuda_note(exec, cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyHostToDevice, lr::stream_of(exec)), "move_up");
+}
+
+/* What was launched before is waited for first, as in a download. */
+enum lr_status
+lr_cuda_move_down(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes, struct lr_error *err)
+{
+    LR_TRY(lr_cuda_drain(exec, err));
+    lr_cuda_note(exec, cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDeviceToHost, lr::stream_of(exec)), "move_down");
+    return lr_cuda_drain(exec, err);
+}
 
 const struct lr_memory_ops lr_cuda_memory = {reserve, release, available, copy,         copy_rows,
                                              zero,    upload,  download,  lr_cuda_drain};
