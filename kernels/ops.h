@@ -52,7 +52,7 @@ enum {
     LR_MAX_TOP_K = 4096 /* blocks chosen per query block */
 };
 
-enum { LR_UNIT_UPLOAD_BYTES = 8 << 20 };
+enum { LR_UNIT_UPLOAD_BYTES = 8 << 20, LR_FETCH_BYTES = 64 << 10 };
 
 /* An activation buffer, in the backend's activation type: float32 on the CPU, bf16 or float16 on CUDA. */
 typedef void lr_act;
@@ -526,6 +526,11 @@ struct lr_memory_ops {
     enum lr_status (*download)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes,
                                struct lr_error *err);
     enum lr_status (*wait)(const struct lr_exec *exec, struct lr_error *err);
+    /* A download of at most LR_FETCH_BYTES in two halves: what is launched between them is not waited for. `fetched`
+     * blocks and reports as download does; same `from` and size. One at a time. */
+    void (*fetch)(const struct lr_exec *exec, const void *from, size_t size_bytes);
+    enum lr_status (*fetched)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes,
+                              struct lr_error *err);
 };
 
 struct lr_kernel_ops {

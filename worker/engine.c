@@ -93,8 +93,7 @@ static void link_upload(void *context, void *to, const void *from, size_t size_b
     lr_cuda_move_up(&engine->exec, to, from, size_bytes);
 }
 
-static enum lr_status
-link_download(void *context, void *to, const void *from, size_t size_bytes, struct lr_error *err)
+static enum lr_status link_download(void *context, void *to, const void *from, size_t size_bytes, struct lr_error *err)
 {
     const struct lr_engine *engine = context;
     return lr_cuda_move_down(&engine->exec, to, from, size_bytes, err);
@@ -121,7 +120,8 @@ static void link_unpin(void *context, void *base, size_t size_bytes)
 
 /* NCCL where it was asked for or can be had; several workers of one device, and a world of one, go through the host.
  * Collective. */
-static enum lr_status open_links(const struct lr_engine_options *options, struct lr_engine *engine, struct lr_error *err)
+static enum lr_status
+open_links(const struct lr_engine_options *options, struct lr_engine *engine, struct lr_error *err)
 {
     struct lr_comm *comm = engine->comm;
     if (engine->ops->host_memory) {
@@ -225,6 +225,8 @@ enum lr_status lr_engine_open(const struct lr_engine_options *options,
 
 void lr_engine_close(struct lr_engine *engine)
 {
+    if (engine->exec.backend)
+        lr_cuda_forget_unit(&engine->exec);
     lr_links_close(&engine->device_links);
     lr_model_unload(&engine->model);
     if (engine->exec.backend)

@@ -20,6 +20,8 @@ const struct lr_kernel_ops LR_ISA(lr_cpu_ops) = {
             .upload = lr_cpu_copy,
             .download = lr_cpu_download,
             .wait = lr_cpu_wait,
+            .fetch = lr_cpu_fetch,
+            .fetched = lr_cpu_fetched,
         },
     .unit_begin = lr_cpu_unit_begin,
     .unit_end = lr_cpu_unit_end,

@@ -60,6 +60,11 @@ lr_cuda_move_down(const struct lr_exec *exec, void *to, const void *from, size_t
     return lr_fail(err, LR_UNSUPPORTED, "this build has no CUDA backend");
 }
 
+void lr_cuda_forget_unit(const struct lr_exec *exec)
+{
+    (void)exec;
+}
+
 const char *lr_cuda_device_name(const struct lr_exec *exec)
 {
     (void)exec;

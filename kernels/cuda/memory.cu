@@ -195,4 +195,4 @@ lr_cuda_move_down(const struct lr_exec *exec, void *to, const void *from, size_t
 }
 
 const struct lr_memory_ops lr_cuda_memory = {reserve, release, available, copy,         copy_rows,
-                                             zero,    upload,  download,  lr_cuda_drain};
+                                             zero,    upload,  download,  lr_cuda_drain, lr_cuda_fetch, lr_cuda_fetched};
