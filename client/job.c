@@ -135,6 +135,15 @@ enum lr_status lr_job_check_memory(struct lr_job *job, const struct lr_job_docum
     return lr_session_check_memory(&job->engine, &options, err);
 }
 
+size_t lr_job_planned_bytes(struct lr_job *job, const struct lr_job_document *document)
+{
+    struct lr_session_options options = session_options(job, document);
+    struct lr_memory_plan plan;
+    lr_session_plan(&job->engine.model.dims, job->engine.ops, 0, job->comm->size, job->engine.experts_replicated,
+                    &options, &plan);
+    return plan.total_bytes;
+}
+
 enum lr_status lr_job_read(struct lr_job *job,
                            const struct lr_job_document *document,
                            const struct lr_session_hooks *hooks,
@@ -142,9 +151,23 @@ enum lr_status lr_job_read(struct lr_job *job,
 {
     struct lr_session_options options = session_options(job, document);
     LR_TRY(lr_session_open(&job->engine, &options, hooks, &job->session, err));
+    LR_TRY(lr_comm_check(job->engine.links, err));
+    job->waited_before_ns = job->engine.links->stats.waited_ns;
     double begin = lr_clock_seconds();
     LR_TRY(feed(job, document, err));
     job->prefill_seconds = lr_clock_seconds() - begin;
+    return LR_OK;
+}
+
+enum lr_status lr_job_waited(struct lr_job *job, double *least, double *most, struct lr_error *err)
+{
+    struct lr_comm *links = job->engine.links;
+    LR_TRY(lr_comm_check(links, err)); /* counts what the device has waited for */
+    double waited = (double)(links->stats.waited_ns - job->waited_before_ns) * 1e-9;
+    float extremes[2] = {(float)-waited, (float)waited};
+    LR_TRY(lr_comm_max_f32(job->comm, "waits", extremes, 2, err));
+    *least = (double)-extremes[0];
+    *most = (double)extremes[1];
     return LR_OK;
 }
 
