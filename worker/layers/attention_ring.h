@@ -77,6 +77,11 @@ struct lr_spread {
     struct lr_comm_request request;
 };
 
+/* Fills kept, n_borrowed, lent, borrowed and first, whose memory is there; the same plan at all. spare, amounts
+ * [n_workers]: scratch. */
+void lr_spread_plan(
+    const struct lr_wave *wave, int n_workers, int rank, double *spare, int64_t *amounts, struct lr_spread *spread);
+
 /* Who folds what, and the queries on their way. Collective, as is `end`. */
 LR_MUST_USE enum lr_status lr_spread_begin(struct lr_step *step,
                                            struct lr_spread *spread,

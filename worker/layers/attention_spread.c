@@ -7,7 +7,9 @@
  * Everyone makes the same plan, from the wave alone. */
 #include "worker/layers/attention_ring.h"
 
-/* A loan is a multiple of this part of a segment: the calls for it have to fill a device. */
+#include <math.h>
+
+/* A loan is at least this part of a segment: the calls for it have to fill a device. */
 enum { LEAST_PART = 32 };
 
 /* ---- the plan ---- */
@@ -19,22 +21,22 @@ static double load_of(const struct lr_wave *wave, int r)
     return n * (start + (n + 1) / 2);
 }
 
-/* What worker `from` lends to each, by what they can still take: amounts [n_workers] rows, and their sum. */
+/* What worker `from` lends to each, by what they can still take: amounts [n_workers] rows, and their sum. The last n
+ * rows of a segment see n keys - n^2 / 2, where `keys` are what its last query sees. */
 static int64_t plan_lender(const struct lr_wave *wave, int n_workers, int from, double *spare, int64_t *amounts)
 {
-    int64_t least = lr_max_i64(1, wave->segment / LEAST_PART), length = lr_wave_length(wave, from), lent = 0;
-    double keys = (double)(lr_wave_start(wave, from) + length); /* that the last query sees */
+    int64_t least = lr_max_i64(1, wave->segment / LEAST_PART), left = lr_wave_length(wave, from);
     for (int to = 0; to < n_workers; to++) {
         double load = spare[to] < -spare[from] ? spare[to] : -spare[from];
-        amounts[to] = 0;
-        if (load <= 0.0)
-            continue;
-        amounts[to] = lr_min_i64(length - lent, (int64_t)(load / keys)) / least * least;
-        spare[to] -= (double)amounts[to] * keys;
-        spare[from] += (double)amounts[to] * keys;
-        lent += amounts[to];
+        double keys = (double)(lr_wave_start(wave, from) + left);
+        int64_t n = load > 0.0 ? lr_min_i64(left, (int64_t)(keys - sqrt(keys * keys - 2.0 * load))) : 0;
+        amounts[to] = n < least ? 0 : n - n % lr_min_i64(least, LR_BLOCK);
+        load = (double)amounts[to] * (keys - (double)amounts[to] / 2.0);
+        spare[to] -= load;
+        spare[from] += load;
+        left -= amounts[to];
     }
-    return lent;
+    return lr_wave_length(wave, from) - left;
 }
 
 /* What of the plan concerns this worker. */
@@ -53,18 +55,12 @@ note_lender(struct lr_spread *spread, int rank, int n_workers, int from, int64_t
     }
 }
 
-static void plan(const struct lr_step *step, struct lr_spread *spread)
+void lr_spread_plan(
+    const struct lr_wave *wave, int n_workers, int rank, double *spare, int64_t *amounts, struct lr_spread *spread)
 {
-    struct lr_session *session = step->session;
-    const struct lr_wave *wave = step->wave;
-    int n_workers = session->engine->links->size, rank = session->engine->links->rank;
-    double *spare = LR_STEP_TABLE(session, double, n_workers), mean = 0.0;
-    int64_t *amounts = LR_STEP_TABLE(session, int64_t, n_workers);
-    *spread = (struct lr_spread){.kept = step->n_rows,
-                                 .lent = LR_STEP_TABLE(session, int64_t, n_workers),
-                                 .borrowed = LR_STEP_TABLE(session, int64_t, n_workers),
-                                 .first = LR_STEP_TABLE(session, int64_t, n_workers),
-                                 .sizes = LR_STEP_TABLE(session, size_t, 2 * n_workers)};
+    double mean = 0.0;
+    spread->kept = lr_wave_length(wave, rank);
+    spread->n_borrowed = 0;
     for (int r = 0; r < n_workers; r++)
         mean += load_of(wave, r) / n_workers;
     for (int r = 0; r < n_workers; r++)
@@ -74,6 +70,19 @@ static void plan(const struct lr_step *step, struct lr_spread *spread)
         note_lender(spread, rank, n_workers, from, lr_wave_length(wave, from) - lent, amounts);
         spread->kept -= from == rank ? lent : 0;
     }
+}
+
+static void plan(const struct lr_step *step, struct lr_spread *spread)
+{
+    struct lr_session *session = step->session;
+    const struct lr_comm *links = session->engine->links;
+    *spread = (struct lr_spread){.lent = LR_STEP_TABLE(session, int64_t, links->size),
+                                 .borrowed = LR_STEP_TABLE(session, int64_t, links->size),
+                                 .first = LR_STEP_TABLE(session, int64_t, links->size),
+                                 .sizes = LR_STEP_TABLE(session, size_t, 2 * links->size)};
+    double *spare = LR_STEP_TABLE(session, double, links->size);
+    int64_t *amounts = LR_STEP_TABLE(session, int64_t, links->size);
+    lr_spread_plan(step->wave, links->size, links->rank, spare, amounts, spread);
 }
 
 /* ---- moving ---- */
