@@ -91,19 +91,28 @@ static enum lr_status timed_out(struct lr_comm *comm, const struct lr_comm_step 
 
 /* ---- what runs on the device ---- */
 
+/* "Not ready" is kept as an error otherwise, and found by whoever launches next. */
+static cudaError_t ask(cudaEvent_t event)
+{
+    cudaError_t state = cudaEventQuery(event);
+    if (state == cudaErrorNotReady)
+        (void)cudaGetLastError();
+    return state;
+}
+
 /* Forgets what is through; LR_TIMEOUT where the oldest should be. */
 static enum lr_status look_at_device(struct lr_comm *comm, struct lr_error *err)
 {
     struct device_links *device = device_of(comm);
     for (; device->n_running > 0; device->n_running--) {
         struct running *oldest = &device->running[device->oldest];
-        cudaError_t error = cudaEventQuery(oldest->done);
+        cudaError_t error = ask(oldest->done);
         if (error == cudaErrorNotReady) {
             int64_t now_ns = lr_clock_ns();
             if (oldest->ready_ns > 0)
                 return now_ns - oldest->ready_ns > comm->timeout_ms * 1000000 ? timed_out(comm, &oldest->step, err)
                                                                               : LR_OK;
-            if (cudaEventQuery(oldest->ready) == cudaSuccess)
+            if (ask(oldest->ready) == cudaSuccess)
                 oldest->ready_ns = now_ns;
             return LR_OK;
         }
@@ -138,7 +147,7 @@ static void count_standing(struct lr_comm *comm)
     for (; device->n_standing > 0; device->n_standing--) {
         const struct standing *first = &device->standing[device->first_standing];
         float ms;
-        if (cudaEventQuery(first->passed) != cudaSuccess ||
+        if (ask(first->passed) != cudaSuccess ||
             cudaEventElapsedTime(&ms, first->reached, first->passed) != cudaSuccess)
             return;
         comm->stats.waited_ns += (int64_t)(ms * 1e6f);

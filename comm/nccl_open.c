@@ -108,7 +108,8 @@ start_nccl(struct device_links *device, const ncclUniqueId *id, int64_t timeout_
     result = wait_for_nccl(host, device->starter, result, deadline_ns);
     if (result == ncclSuccess) {
         result = ncclCommSplit(device->starter, 0, host->rank, &split, &blocking);
-        result = wait_for_nccl(host, device->starter, result, deadline_ns);
+        if (result == ncclSuccess) /* it has only begun: NCCL 2.28 does not say so here */
+            result = wait_for_nccl(host, device->starter, ncclInProgress, deadline_ns);
     }
     if (result == ncclInProgress)
         return lr_fail(err, LR_TIMEOUT, "NCCL did not come up in %.1f s", (double)timeout_ms / 1000.0);
