@@ -199,7 +199,7 @@ static enum lr_status open_step(struct lr_comm *comm, struct lr_error *err)
     struct device_links *device = device_of(comm);
     if (!device->unit)
         LR_TRY(make_room(comm, err));
-    cudaEvent_t ready = device->unit ? device->edge : next_running(device)->ready;
+    cudaEvent_t ready = device->unit ? device->edge_in : next_running(device)->ready;
     LR_TRY(lr_nccl_cuda_failed(cudaEventRecord(ready, device->kernels), "an event", err));
     LR_TRY(lr_nccl_cuda_failed(cudaStreamWaitEvent(device->own, ready, 0), "an event", err));
     lr_nccl_watch_enter(device->watch, device->nccl, comm->timeout_ms);
@@ -225,7 +225,7 @@ close_step(struct lr_comm *comm, const struct lr_comm_step *step, cudaEvent_t *d
     struct device_links *device = device_of(comm);
     if (device->unit) {
         device->unit->step = *step;
-        *done = device->edge;
+        *done = device->edge_out;
     } else {
         struct running *running = next_running(device);
         running->step = *step;
@@ -586,8 +586,10 @@ static void destroy_events(struct device_links *device)
     for (int i = 0; i < LR_NCCL_STARTED; i++)
         if (device->started[i].done)
             cudaEventDestroy(device->started[i].done);
-    if (device->edge)
-        cudaEventDestroy(device->edge);
+    if (device->edge_in)
+        cudaEventDestroy(device->edge_in);
+    if (device->edge_out)
+        cudaEventDestroy(device->edge_out);
 }
 
 void lr_nccl_free(struct device_links *device)

@@ -41,8 +41,8 @@ struct device_links {
     struct standing standing[LR_NCCL_RUNNING]; /* another: n_standing from `first_standing` on */
     int first_standing, n_standing;
     struct started started[LR_NCCL_STARTED];
-    struct running *unit; /* the entry of the ring for the unit that is being captured; NULL: none */
-    cudaEvent_t edge;     /* of captured steps */
+    struct running *unit;          /* the entry of the ring for the unit that is being captured; NULL: none */
+    cudaEvent_t edge_in, edge_out; /* of captured steps, from the kernels' stream to the own one and back */
     struct lr_trail *trail;
     size_t *sends, *receives; /* [size] scratch */
 };

@@ -68,7 +68,8 @@ static enum lr_status make_events(struct device_links *device, struct lr_error *
     for (int i = 0; i < LR_NCCL_STARTED; i++)
         LR_TRY(lr_nccl_cuda_failed(cudaEventCreateWithFlags(&device->started[i].done, cudaEventDisableTiming),
                                    "an event", err));
-    return lr_nccl_cuda_failed(cudaEventCreateWithFlags(&device->edge, cudaEventDisableTiming), "an event", err);
+    LR_TRY(lr_nccl_cuda_failed(cudaEventCreateWithFlags(&device->edge_in, cudaEventDisableTiming), "an event", err));
+    return lr_nccl_cuda_failed(cudaEventCreateWithFlags(&device->edge_out, cudaEventDisableTiming), "an event", err);
 }
 
 /* What every step needs. */
