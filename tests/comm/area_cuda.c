@@ -74,6 +74,7 @@ static void cuda_unit_end(void)
     must(cudaStreamEndCapture(stream, &graph), "capture");
     must(cudaGraphInstantiate(&unit, graph, 0), "graph");
     must(cudaGraphLaunch(unit, stream), "graph");
+    wait_or_end();
     must(cudaGraphExecDestroy(unit), "graph");
     must(cudaGraphDestroy(graph), "graph");
 }
