@@ -171,12 +171,17 @@ static void keep_last_rows(const struct extension *extension, const struct lr_st
                              session->last_rows + ended * d);
 }
 
-/* Whether a step can be one unit: its transfers may be captured, it asks the device nothing on the way (experts on
- * other workers are counted on the host), and its lists fit. The same at all workers. */
-static bool is_unit(const struct lr_session *session)
+/* With more rows a device that meets others has enough to do while the host launches; a unit only starts later. */
+enum { MOST_SHARED_UNIT_ROWS = 8 };
+
+/* Whether a step can be one unit, and should: its transfers may be captured, it asks the device nothing on the way
+ * (experts on other workers are counted on the host), and its lists fit. The same at all workers. */
+static bool is_unit(const struct lr_session *session, int64_t n_rows)
 {
     const struct lr_engine *engine = session->engine;
     int64_t blocks = engine->model.dims.n_attention_layers * (session->n_tokens / LR_KV_BLOCK_TOKENS);
+    if (engine->links->size > 1 && n_rows > MOST_SHARED_UNIT_ROWS)
+        return false;
     return lr_links_capture(engine->links) && engine->experts_replicated && session->options.decode_pages == 0 &&
            blocks * (int64_t)sizeof(struct lr_kv_ref) < LR_UNIT_UPLOAD_BYTES / 2;
 }
@@ -214,7 +219,7 @@ static enum lr_status run_slices(
     struct lr_batch batch = {.forks = forks, .n_forks = n_forks, .n_slices = end - first, .slice_first = slice_first};
     struct lr_step step = {.session = session, .batch = &batch, .n_rows = n_rows, .positions = positions};
     const struct lr_engine *engine = session->engine;
-    bool unit = batch.n_slices == 1 && is_unit(session);
+    bool unit = batch.n_slices == 1 && is_unit(session, n_rows);
     if (unit)
         LR_TRY(begin_unit(engine, err));
     LR_TRY(lr_step_begin(&step, ids, err));
