@@ -24,7 +24,7 @@ struct measured {
     int64_t tokens;
     double prefill_seconds, decode_seconds;
     double least_wait_seconds, most_wait_seconds; /* of the workers, for transfers, in prefill */
-    int64_t planned_bytes, taken_bytes; /* of the backend's memory by the session on worker 0; taken on devices alone */
+    struct lr_memory_use memory;                  /* of the worker that took the most */
 };
 
 static enum lr_status parse_lengths(struct bench *b, struct lr_error *err)
@@ -91,10 +91,11 @@ static void print_line(const struct bench *b, const struct measured *m)
     if (b->settings.json) {
         printf("{\"tokens\":%lld,\"workers\":%d,\"threads\":%d,\"attention\":\"%s\",\"prefill_seconds\":%.6f,"
                "\"prefill_tokens_per_second\":%.1f,\"decode_side_by_side\":%lld,\"decode_tokens_per_second\":%.1f,"
-               "\"least_wait_seconds\":%.6f,\"most_wait_seconds\":%.6f,\"planned_bytes\":%lld,\"taken_bytes\":%lld}\n",
+               "\"least_wait_seconds\":%.6f,\"most_wait_seconds\":%.6f,\"planned_bytes\":%zu,\"taken_bytes\":%zu,"
+               "\"host_bytes\":%zu}\n",
                (long long)m->tokens, b->job.comm->size, b->job.options.n_threads, lr_attention_text(&b->job),
                m->prefill_seconds, prefill, (long long)b->side_by_side, decoded, m->least_wait_seconds,
-               m->most_wait_seconds, (long long)m->planned_bytes, (long long)m->taken_bytes);
+               m->most_wait_seconds, m->memory.planned_bytes, m->memory.taken_bytes, m->memory.host_reserved_bytes);
     } else {
         printf("%12s  %-7s %12.3f s %12s/s %12s/s\n", lr_number_text(m->tokens), lr_attention_text(&b->job),
                m->prefill_seconds, lr_number_text((int64_t)prefill), lr_number_text((int64_t)decoded));
@@ -109,18 +110,16 @@ static enum lr_status measure(struct bench *b, int64_t length, struct lr_error *
     struct lr_settings quiet = b->settings;
     quiet.quiet = 1;
     struct lr_reading reading = {.settings = &quiet};
-    const struct lr_kernel_ops *ops = b->job.engine.ops;
-    size_t available = ops->host_memory ? 0 : ops->memory.available();
     LR_TRY(lr_reading_run(&reading, &b->job, &document, b->side_by_side, b->decode_tokens + 2, err));
     m.prefill_seconds = b->job.prefill_seconds;
     LR_TRY(lr_job_waited(&b->job, &m.least_wait_seconds, &m.most_wait_seconds, err));
-    struct lr_job_document planned = {
-        .n_ids = length, .max_forks = b->side_by_side, .max_fork_tokens = b->decode_tokens + 2};
-    m.planned_bytes = (int64_t)lr_job_planned_bytes(&b->job, &planned);
-    if (!ops->host_memory)
-        m.taken_bytes = (int64_t)(available - ops->memory.available());
     if (b->decode_tokens > 0)
         LR_TRY(decode(b, &m.decode_seconds, err));
+    struct lr_memory_use memory[LR_COMM_MAX_WORKERS];
+    LR_TRY(lr_job_memory(&b->job, memory, err));
+    for (int r = 0; r < b->job.comm->size; r++)
+        if (memory[r].taken_bytes >= m.memory.taken_bytes)
+            m.memory = memory[r];
     if (b->job.comm->rank == 0)
         print_line(b, &m);
     lr_session_close(b->job.session);

@@ -15,6 +15,7 @@ struct lr_settings {
     int64_t segment_tokens;
     int device, transport, act, isa, attention, experts, kv_dtype; /* indices of their choices */
     int64_t top_k_blocks, decode_pages;
+    int64_t kv_device_bytes, kv_host_bytes;
     double temperature, top_p;
     int64_t top_k, seed, max_new_tokens;
     struct lr_texts stop;

@@ -500,6 +500,14 @@ struct lr_moe_combine_args {
  * ----------------------------------------------------------------------------------------------------
  */
 
+/* Two lanes of work: what is launched in one is done in order, and the lanes run beside each other.
+ *
+ *   kernels   K1 reads A, mark 0 | await 1, K2 reads B | ...
+ *   aside     copy into B, mark 1 | await 0, copy into A | ...
+ */
+enum lr_lane { LR_LANE_KERNELS, LR_LANE_ASIDE };
+enum { LR_MARKS = 16 };
+
 /* The backend's memory. The copies are ordered with the kernels of `exec` and may return before they are done, but
  * for download and wait. */
 struct lr_memory_ops {
@@ -508,7 +516,13 @@ struct lr_memory_ops {
     void (*release)(void *base, size_t size_bytes);
     /* Bytes that could be reserved now. */
     size_t (*available)(void);
-    /* Backend memory to backend memory; the ranges do not overlap. */
+    /* Host memory that the backend copies to and from at full rate (CUDA: pinned), 256-byte aligned, contents
+     * undefined. Blocks. LR_NO_MEMORY with the numbers. release_host waits for copies in both lanes. */
+    enum lr_status (*reserve_host)(size_t size_bytes, void **out, struct lr_error *err);
+    void (*release_host)(void *base, size_t size_bytes);
+    /* Bytes of such memory that could be reserved now. */
+    size_t (*available_host)(void);
+    /* Backend memory or memory of reserve_host to backend memory; the ranges do not overlap. */
     void (*copy)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes);
     /* n_rows rows of row_bytes each; strides in bytes. */
     void (*copy_rows)(const struct lr_exec *exec,
@@ -531,6 +545,14 @@ struct lr_memory_ops {
     void (*fetch)(const struct lr_exec *exec, const void *from, size_t size_bytes);
     enum lr_status (*fetched)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes,
                               struct lr_error *err);
+
+    /* Between backend memory and memory of reserve_host, either way, in LR_LANE_ASIDE; everything else that this table
+     * launches is in LR_LANE_KERNELS. Not between unit_begin and unit_end, nor are the next two. */
+    void (*copy_aside)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes);
+    /* `mark` (0 .. LR_MARKS - 1) is where `lane` stands now; it forgets where it was. */
+    void (*mark)(const struct lr_exec *exec, enum lr_lane lane, int mark);
+    /* What is launched in `lane` from now on starts after what lay before the mark; one never set holds nobody up. */
+    void (*await)(const struct lr_exec *exec, enum lr_lane lane, int mark);
 };
 
 struct lr_kernel_ops {

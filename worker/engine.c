@@ -90,7 +90,7 @@ static void link_copy(void *context, void *to, const void *from, size_t size_byt
 static void link_upload(void *context, void *to, const void *from, size_t size_bytes)
 {
     const struct lr_engine *engine = context;
-    lr_cuda_move_up(&engine->exec, to, from, size_bytes);
+    engine->ops->memory.copy(&engine->exec, to, from, size_bytes);
 }
 
 static enum lr_status link_download(void *context, void *to, const void *from, size_t size_bytes, struct lr_error *err)
@@ -107,15 +107,16 @@ static enum lr_status link_wait(void *context, struct lr_error *err)
 
 static void *link_pin(void *context, size_t size_bytes)
 {
-    (void)context;
-    return lr_cuda_pin(size_bytes);
+    const struct lr_engine *engine = context;
+    struct lr_error err;
+    void *base;
+    return engine->ops->memory.reserve_host(size_bytes, &base, &err) == LR_OK ? base : NULL;
 }
 
 static void link_unpin(void *context, void *base, size_t size_bytes)
 {
-    (void)context;
-    (void)size_bytes;
-    lr_cuda_unpin(base);
+    const struct lr_engine *engine = context;
+    engine->ops->memory.release_host(base, size_bytes);
 }
 
 /* NCCL where it was asked for or can be had; several workers of one device, and a world of one, go through the host.

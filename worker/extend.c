@@ -5,7 +5,7 @@
  * row's result does not depend on its neighbours, so a question gets the same answer alone and
  * among others. */
 #include "comm/links.h"
-#include "worker/session_impl.h"
+#include "worker/kv_tier.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -183,6 +183,7 @@ static bool is_unit(const struct lr_session *session, int64_t n_rows)
     if (engine->links->size > 1 && n_rows > MOST_SHARED_UNIT_ROWS)
         return false;
     return lr_links_capture(engine->links) && engine->experts_replicated && session->options.decode_pages == 0 &&
+           !lr_kv_is_tiered(session) &&
            blocks * (int64_t)sizeof(struct lr_kv_ref) < LR_UNIT_UPLOAD_BYTES / 2;
 }
 

@@ -40,13 +40,18 @@ struct lr_session_options {
     int64_t max_tokens;      /* document */
     int64_t max_forks;       /* alive at once */
     int64_t max_fork_tokens; /* question and answer of one fork */
+    size_t kv_device_bytes;  /* of the backend's memory for the document's keys and values; 0: what is free */
+    size_t kv_host_bytes;    /* of host memory for those that do not fit; 0: what is free */
+    int64_t host_slabs;      /* of each layer: how many do not fit (see kv_tier.h); lr_session_open fills it in */
 };
 
 /* What a session on this worker needs, in bytes; see lr_session_plan. */
 struct lr_memory_plan {
     size_t weights_bytes, kv_bytes, state_bytes, fork_bytes, workspace_bytes; /* of the backend's memory */
-    size_t host_bytes;                                                        /* beside it */
-    size_t total_bytes; /* of the backend's memory, and host_bytes where that is the host's */
+    size_t kv_host_bytes;                                                     /* keys and values behind it */
+    size_t host_bytes;                                                        /* of ordinary host memory */
+    size_t total_bytes;        /* of the backend's memory, and kv_host_bytes and host_bytes where that is the host's */
+    int64_t slabs, host_slabs; /* of each attention layer: all, and those in host memory */
 };
 
 /* The exact sizes of what lr_session_open would take on the worker with the most (worker 0). */
@@ -58,10 +63,33 @@ void lr_session_plan(const struct lr_model_dims *dims,
                      const struct lr_session_options *options,
                      struct lr_memory_plan *plan);
 
-/* LR_NO_MEMORY with the numbers where a session of these options would not fit on one of the workers.
- * Collective. */
+/* What a session was planned to take on this worker, what it reserved, and what the memory lacks for it, in bytes. */
+struct lr_memory_use {
+    size_t planned_bytes, reserved_bytes; /* of the backend's memory, without the model's */
+    size_t taken_bytes; /* device: by how much less is free since before the session was opened, divided by the workers
+                           that share it. Host: what has been touched */
+    size_t kv_bytes;    /* of the planned ones: the document's keys and values */
+    size_t host_planned_bytes, host_reserved_bytes; /* keys and values in host memory behind it */
+    int64_t slabs, host_slabs;                      /* of each attention layer: all, and those in host memory */
+};
+
+/* Divides the document's keys and values between the backend's memory, of which `available` bytes are free, and the
+ * host's: fills options->host_slabs, 0 where all of them fit and no limit of the options forbids it. With `spill` 0
+ * they go to the host's memory only where a limit says so. LR_NO_MEMORY with the numbers where not even a stage and two
+ * slots fit. */
+LR_MUST_USE enum lr_status lr_session_divide(const struct lr_model_dims *dims,
+                                             const struct lr_kernel_ops *ops,
+                                             int n_workers,
+                                             int replicated,
+                                             size_t available,
+                                             int spill,
+                                             struct lr_session_options *options,
+                                             struct lr_error *err);
+
+/* LR_NO_MEMORY with the numbers where a session of these options would not fit on one of the workers; fills in
+ * options->host_slabs, the same on all. Collective. */
 LR_MUST_USE enum lr_status
-lr_session_check_memory(const struct lr_engine *engine, const struct lr_session_options *options, struct lr_error *err);
+lr_session_fit(const struct lr_engine *engine, struct lr_session_options *options, struct lr_error *err);
 
 struct lr_session;
 struct lr_fork;
@@ -93,6 +121,8 @@ LR_MUST_USE enum lr_status lr_session_open(struct lr_engine *engine,
                                            struct lr_session **out,
                                            struct lr_error *err);
 void lr_session_close(struct lr_session *session);
+
+void lr_session_memory(const struct lr_session *session, struct lr_memory_use *use);
 
 /* Adds document tokens. Ids must be in the vocabulary. */
 LR_MUST_USE enum lr_status

@@ -8,6 +8,7 @@
 enum lr_status lr_cpu_reserve(size_t size_bytes, void **out, struct lr_error *err);
 void lr_cpu_release(void *base, size_t size_bytes);
 size_t lr_cpu_available(void);
+void lr_cpu_mark(const struct lr_exec *exec, enum lr_lane lane, int mark);
 void lr_cpu_copy(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes);
 void lr_cpu_copy_rows(const struct lr_exec *exec, void *to, size_t to_stride, const void *from, size_t from_stride,
                       size_t row_bytes, int64_t n_rows);

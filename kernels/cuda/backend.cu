@@ -28,7 +28,8 @@ constexpr int64_t DOZE_NS = 50000;
 struct backend {
     int device, n_multiprocessors;
     char name[256];
-    cudaStream_t stream;
+    cudaStream_t stream, aside;
+    cudaEvent_t marks[LR_MARKS];
     char *pinned, *ring, *landing, *scratch;
     char *fetched; /* pinned: of one fetch, until it is taken */
     cudaEvent_t fetch_done;
@@ -128,6 +129,9 @@ enum lr_status choose_device(struct backend *b, struct lr_error *err)
 enum lr_status open_resources(struct backend *b, struct lr_error *err)
 {
     CUDA_TRY(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), "make a stream");
+    CUDA_TRY(cudaStreamCreateWithFlags(&b->aside, cudaStreamNonBlocking), "make a stream");
+    for (int i = 0; i < LR_MARKS; i++)
+        CUDA_TRY(cudaEventCreateWithFlags(&b->marks[i], cudaEventDisableTiming), "make an event");
     CUDA_TRY(cudaMallocHost(reinterpret_cast<void **>(&b->pinned), LR_CUDA_RING_BYTES), "pin 64 MiB of host memory");
     CUDA_TRY(cudaMallocHost(reinterpret_cast<void **>(&b->landing), LR_CUDA_LANDING_BYTES), "pin 8 MiB of host memory");
     CUDA_TRY(cudaMallocHost(reinterpret_cast<void **>(&b->fetched), LR_FETCH_BYTES), "pin 64 KiB of host memory");
@@ -150,6 +154,9 @@ void close_resources(struct backend *b)
     for (int i = 0; i < N_PARTS; i++)
         if (b->entered[i] != nullptr)
             cudaEventDestroy(b->entered[i]);
+    for (int i = 0; i < LR_MARKS; i++)
+        if (b->marks[i] != nullptr)
+            cudaEventDestroy(b->marks[i]);
     cudaFree(b->scratch);
     cudaFree(b->ring);
     cudaFreeHost(b->landing);
@@ -157,6 +164,8 @@ void close_resources(struct backend *b)
     if (b->fetch_done != nullptr)
         cudaEventDestroy(b->fetch_done);
     cudaFreeHost(b->pinned);
+    if (b->aside != nullptr)
+        cudaStreamDestroy(b->aside);
     if (b->stream != nullptr)
         cudaStreamDestroy(b->stream);
     (void)cudaGetLastError();
@@ -198,6 +207,7 @@ void lr_cuda_device_close(struct lr_exec *exec)
     if (exec->backend == nullptr)
         return;
     (void)cudaStreamSynchronize(of(exec)->stream);
+    (void)cudaStreamSynchronize(of(exec)->aside);
     close_resources(of(exec));
     exec->backend = nullptr;
     exec->stream = nullptr;
@@ -283,6 +293,23 @@ const void *lr_cuda_upload(const struct lr_exec *exec, const void *host, size_t 
                      "upload");
     }
     return space.device;
+}
+
+void *lr_cuda_lane(const struct lr_exec *exec, enum lr_lane lane)
+{
+    return lane == LR_LANE_ASIDE ? of(exec)->aside : of(exec)->stream;
+}
+
+void lr_cuda_mark(const struct lr_exec *exec, enum lr_lane lane, int mark)
+{
+    const cudaStream_t stream = static_cast<cudaStream_t>(lr_cuda_lane(exec, lane));
+    lr_cuda_note(exec, cudaEventRecord(of(exec)->marks[mark], stream), "mark");
+}
+
+void lr_cuda_await(const struct lr_exec *exec, enum lr_lane lane, int mark)
+{
+    const cudaStream_t stream = static_cast<cudaStream_t>(lr_cuda_lane(exec, lane));
+    lr_cuda_note(exec, cudaStreamWaitEvent(stream, of(exec)->marks[mark], 0), "await");
 }
 
 void *lr_cuda_landing(const struct lr_exec *exec)

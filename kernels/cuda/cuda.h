@@ -27,14 +27,8 @@ void lr_kernels_cuda_close(struct lr_exec *exec);
 typedef enum lr_status lr_cuda_idle(void *context, struct lr_error *err);
 void lr_cuda_set_idle(struct lr_exec *exec, lr_cuda_idle *idle, void *context);
 
-/* Host memory that the device reads and writes at full speed; NULL where there is none left. Released with unpin. */
-void *lr_cuda_pin(size_t size_bytes);
-void lr_cuda_unpin(void *base);
-
-/* Between host memory, best from lr_cuda_pin, and device memory, without a copy in between. `up` may return before it is
- * done: `from` is left alone until the next download or wait has returned. `down` takes what was launched before, and
- * waits. */
-void lr_cuda_move_up(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes);
+/* From device memory to host memory of memory.reserve_host, without a copy in between, after everything launched before.
+ * Blocks. Reports as memory.download. */
 LR_MUST_USE enum lr_status
 lr_cuda_move_down(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes, struct lr_error *err);
 

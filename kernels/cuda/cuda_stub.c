@@ -31,25 +31,6 @@ void lr_cuda_set_idle(struct lr_exec *exec, lr_cuda_idle *idle, void *context)
     (void)context;
 }
 
-void *lr_cuda_pin(size_t size_bytes)
-{
-    (void)size_bytes;
-    return NULL;
-}
-
-void lr_cuda_unpin(void *base)
-{
-    (void)base;
-}
-
-void lr_cuda_move_up(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes)
-{
-    (void)exec;
-    (void)to;
-    (void)from;
-    (void)size_bytes;
-}
-
 enum lr_status
 lr_cuda_move_down(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes, struct lr_error *err)
 {

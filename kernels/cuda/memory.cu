@@ -3,6 +3,7 @@
  *
  *   upload     host --memcpy--> ring (pinned) --bus--> device
  *   download   device --bus--> landing (pinned, two halves) --memcpy--> host */
+#include "base/memory.h"
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/device.h"
@@ -60,9 +61,38 @@ size_t available()
     return free_bytes;
 }
 
+enum lr_status reserve_host(size_t size_bytes, void **out, struct lr_error *err)
+{
+    void *base = nullptr;
+    const cudaError_t error = cudaHostAlloc(&base, size_bytes > 0 ? size_bytes : 1, cudaHostAllocDefault);
+    if (error != cudaSuccess) {
+        (void)cudaGetLastError();
+        return lr_fail(err, error == cudaErrorMemoryAllocation ? LR_NO_MEMORY : LR_INTERNAL,
+                       "%.2f GiB of host memory could not be pinned, %.2f GiB are free: %s",
+                       static_cast<double>(size_bytes) / GIB, static_cast<double>(lr_memory_available()) / GIB,
+                       cudaGetErrorString(error));
+    }
+    *out = base;
+    return LR_OK;
+}
+
+void release_host(void *base, size_t size_bytes)
+{
+    (void)size_bytes;
+    (void)cudaDeviceSynchronize();
+    (void)cudaFreeHost(base);
+    (void)cudaGetLastError();
+}
+
 void copy(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes)
 {
-    lr_cuda_note(exec, cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDeviceToDevice, lr::stream_of(exec)), "copy");
+    lr_cuda_note(exec, cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDefault, lr::stream_of(exec)), "copy");
+}
+
+void copy_aside(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes)
+{
+    const cudaStream_t aside = static_cast<cudaStream_t>(lr_cuda_lane(exec, LR_LANE_ASIDE));
+    lr_cuda_note(exec, cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDefault, aside), "copy_aside");
 }
 
 void zero(const struct lr_exec *exec, void *to, size_t size_bytes)
@@ -165,26 +195,6 @@ void copy_rows(const struct lr_exec *exec,
 
 } // namespace
 
-void *lr_cuda_pin(size_t size_bytes)
-{
-    void *base = nullptr;
-    if (cudaMallocHost(&base, size_bytes) != cudaSuccess)
-        base = nullptr;
-    (void)cudaGetLastError();
-    return base;
-}
-
-void lr_cuda_unpin(void *base)
-{
-    (void)cudaFreeHost(base);
-    (void)cudaGetLastError();
-}
-
-void lr_cuda_move_up(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes)
-{
-    lr_cuda_note(exec, cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyHostToDevice, lr::stream_of(exec)), "move_up");
-}
-
 /* What was launched before is waited for first, as in a download. */
 enum lr_status
 lr_cuda_move_down(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes, struct lr_error *err)
@@ -194,5 +204,6 @@ lr_cuda_move_down(const struct lr_exec *exec, void *to, const void *from, size_t
     return lr_cuda_drain(exec, err);
 }
 
-const struct lr_memory_ops lr_cuda_memory = {reserve, release, available, copy,         copy_rows,
-                                             zero,    upload,  download,  lr_cuda_drain, lr_cuda_fetch, lr_cuda_fetched};
+const struct lr_memory_ops lr_cuda_memory = {
+    reserve, release, available, reserve_host,  release_host,  lr_memory_available, copy,       copy_rows,    zero,
+    upload,  download, lr_cuda_drain, lr_cuda_fetch, lr_cuda_fetched, copy_aside, lr_cuda_mark, lr_cuda_await};

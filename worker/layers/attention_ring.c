@@ -8,6 +8,7 @@
  * The last row would keep the last worker longest, and in the last wave some workers have few queries or none. So in a
  * full wave the last row is shared by pairs of workers, and in one that is not full the queries are divided anew. */
 #include "worker/layers/attention_ring.h"
+#include "worker/kv_tier.h"
 #include "worker/plan.h"
 
 /* ---- rows of KV ---- */
@@ -22,6 +23,7 @@ static void row_sizes(const struct lr_step *step, int64_t row, size_t *sizes)
     }
 }
 
+/* My slab of a row is being read until the request has been waited for. */
 static enum lr_status start_row(const struct lr_step *step,
                                 int64_t layer,
                                 int64_t row,
@@ -30,11 +32,14 @@ static enum lr_status start_row(const struct lr_step *step,
                                 struct lr_comm_request *request,
                                 struct lr_error *err)
 {
-    const struct lr_session *session = step->session;
+    struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->links;
-    int64_t block = (row * comm->size + comm->rank) * lr_blocks_per_segment(session);
     row_sizes(step, row, sizes);
-    const char *mine = sizes[comm->rank] ? lr_session_block(session, layer, block) : NULL;
+    const char *mine = NULL;
+    if (row < step->wave->index)
+        mine = lr_kv_enter(session, layer, row, step->wave->index);
+    else if (sizes[comm->rank])
+        mine = lr_kv_own(step, layer);
     return lr_comm_all_gather_v_start(comm, "kv row", mine, sizes, buffer, request, err);
 }
 
@@ -50,11 +55,8 @@ gathered_row(const struct lr_step *step, int64_t row, const char *buffer, struct
                               .refs = refs};
 }
 
-void lr_row_fold(const struct lr_step *step,
-                 const struct lr_kv_row *row,
-                 int64_t from,
-                 int64_t to,
-                 struct lr_attention_args *args)
+void lr_row_fold(
+    const struct lr_step *step, const struct lr_kv_row *row, int64_t from, int64_t to, struct lr_attention_args *args)
 {
     const struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -168,6 +170,7 @@ attend_ring(struct lr_step *step, int64_t layer, struct lr_attention_args *args,
         if (row.is_last && ring.is_full)
             LR_TRY(lr_loan_lend(step, &ring.loan, args, err));
         LR_TRY(lr_comm_wait(links, &ring.requests[now], err));
+        lr_kv_leave(step->session);
         if (!row.is_last)
             LR_TRY(start_row(step, layer, i + 1, ring.buffers[next], ring.sizes[next], &ring.requests[next], err));
         LR_TRY(fold_row(step, &ring, &row, args, err));
@@ -175,21 +178,44 @@ attend_ring(struct lr_step *step, int64_t layer, struct lr_attention_args *args,
     return ring.is_full ? LR_OK : lr_spread_end(step, &ring.spread, args, err);
 }
 
-/* One worker: every block is at home, so the whole list is folded in one call. */
+/* Folds the n blocks from `data` on, whose first is the document's block `block`, with what went before. */
+static void
+fold_blocks(const struct lr_step *step, struct lr_attention_args *args, const char *data, int64_t block, int64_t n)
+{
+    struct lr_session *session = step->session;
+    const struct lr_engine *engine = session->engine;
+    struct lr_step_mark mark = lr_step_mark(session);
+    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n);
+    for (int64_t i = 0; i < n; i++)
+        refs[i] = (struct lr_kv_ref){.data = data + (size_t)i * session->block_bytes,
+                                     .position = (block + i) * LR_BLOCK,
+                                     .n_keys = (int32_t)lr_min_i64(step->wave->end - (block + i) * LR_BLOCK, LR_BLOCK)};
+    struct lr_kv_list list = {.refs = refs, .n_refs = n};
+    args->lists = &list;
+    engine->ops->attention(&engine->exec, args);
+    args->first = 0;
+    lr_step_rewind(session, mark); /* lists are copied before a slot returns */
+}
+
+/* One worker: the resident blocks are folded in one call, the host's slab by slab, the wave's own segment at last. */
 static void attend_alone(struct lr_step *step, int64_t layer, struct lr_attention_args *args)
 {
     struct lr_session *session = step->session;
-    struct lr_engine *engine = session->engine;
-    int64_t end = step->wave->end;
-    struct lr_kv_list list = {.n_refs = lr_ceil_div(end, LR_BLOCK)};
-    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, list.n_refs);
-    for (int64_t i = 0; i < list.n_refs; i++)
-        refs[i] = (struct lr_kv_ref){.data = lr_session_block(session, layer, i),
-                                     .position = i * LR_BLOCK,
-                                     .n_keys = (int32_t)lr_min_i64(end - i * LR_BLOCK, LR_BLOCK)};
-    list.refs = refs;
-    args->lists = &list;
-    engine->ops->attention(&engine->exec, args);
+    const struct lr_kv_tier *tier = &session->tier;
+    lr_act *y = args->y;
+    int64_t n_blocks = lr_ceil_div(step->wave->end, LR_BLOCK), resident = lr_min_i64(n_blocks, tier->resident_blocks);
+    args->y = n_blocks == resident ? y : NULL;
+    if (resident > 0)
+        fold_blocks(step, args, lr_session_block(session, layer, 0), 0, resident);
+    for (int64_t slab = tier->resident_slabs; slab < step->wave->index; slab++) {
+        const char *data = lr_kv_enter(session, layer, slab, step->wave->index);
+        fold_blocks(step, args, data, slab * tier->slab_blocks, tier->slab_blocks);
+        lr_kv_leave(session);
+    }
+    args->y = y;
+    int64_t own = step->wave->first / LR_BLOCK;
+    if (n_blocks > resident)
+        fold_blocks(step, args, lr_kv_own(step, layer), own, n_blocks - own);
 }
 
 enum lr_status lr_attend_full(struct lr_step *step, int64_t layer, struct lr_attention_args *args, struct lr_error *err)
