@@ -4,7 +4,6 @@
 
 #include "client/job.h"
 #include "client/options.h"
-#include "worker/sample.h"
 
 enum { LR_EXIT_OK = 0, LR_EXIT_FAILED = 1, LR_EXIT_USAGE = 2, LR_EXIT_INTERRUPTED = 130 };
 

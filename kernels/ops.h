@@ -49,7 +49,8 @@ enum {
     LR_MAX_DELTA_DIM = 1024, /* key dimension of the delta rule */
     LR_MAX_CONV_TAPS = 64,
     LR_MAX_EXPERTS = 4096,
-    LR_MAX_TOP_K = 4096 /* blocks chosen per query block */
+    LR_MAX_TOP_K = 4096, /* blocks chosen per query block */
+    LR_MAX_VOCAB = 3 << 17
 };
 
 enum { LR_UNIT_UPLOAD_BYTES = 8 << 20, LR_FETCH_BYTES = 64 << 10 };
@@ -296,11 +297,11 @@ struct lr_kv_shape {
     enum lr_dtype dtype; /* CPU: LR_F32 or LR_BF16. CUDA: the activation type */
 };
 
-/* A block that a query may read. */
+/* A block that a query may read; or half of one, where the slot's arguments allow it. */
 struct lr_kv_ref {
-    const void *data;
-    int64_t position; /* of its first token, a multiple of 128 */
-    int32_t n_keys;   /* 1..128 */
+    const void *data; /* the block, for its second half too */
+    int64_t position; /* of the first key that is meant: a multiple of 128, or 64 more for the block's second half */
+    int32_t n_keys;   /* 1..128, and not beyond the block's end */
     int32_t whole;    /* 1: seen by window and sinks rules alike (a chosen block); causality still holds */
 };
 
@@ -354,6 +355,7 @@ struct lr_attention_args {
     int64_t sinks;
     const struct lr_kv_list *lists; /* host; one list for all; or [query block][n_kv_heads] where n_lists > 1: */
     int64_t n_lists;                /*   row r reads list (positions[r] / 128 - positions[0] / 128, its KV head) */
+    int half_blocks;                /* 1: refs may name halves of blocks. The same for every call that folds a row */
     int first;                      /* 1: nothing was folded yet */
     float *m;                       /* [n_rows, n_heads] */
     float *l;                       /* [n_rows, n_heads] */
@@ -496,6 +498,29 @@ struct lr_moe_combine_args {
     const float *shared_gate; /* [n_rows] logits; NULL: the factor of `shared` is 1 */
 };
 
+/* ---- choosing tokens
+ * ---------------------------------------------------------------------------------------------- */
+
+struct lr_sampling {
+    float temperature; /* 0: greedy, the lowest id among the largest logits */
+    int32_t top_k;     /* 0: all; else only the k largest logits (ties: the lower id) */
+    float top_p;       /* 1: all; else the fewest tokens, by falling probability, whose sum reaches top_p */
+    uint64_t seed;
+};
+
+/* The next token of every row. Probabilities are exp((logit - largest) / temperature) as integers of 2^-44
+ * (kernels/sample.h); top_k, top_p and the draw walk over the tokens by falling logit, equal ones by rising id; the
+ * random number is a function of (seed, position). So the token depends on the row's logits only, and is the same from
+ * every backend. */
+struct lr_sample_args {
+    const float *logits; /* [n_rows, vocab] contiguous */
+    int64_t n_rows;
+    int64_t vocab;                      /* at most LR_MAX_VOCAB */
+    const struct lr_sampling *sampling; /* host [n_rows] */
+    const int64_t *positions;           /* host [n_rows], of the tokens to come */
+    int32_t *ids;                       /* [n_rows]; -1 where a logit is NaN, or the largest is infinite */
+};
+
 /* ---- the table
  * ----------------------------------------------------------------------------------------------------
  */
@@ -556,7 +581,8 @@ struct lr_memory_ops {
 };
 
 struct lr_kernel_ops {
-    const char *name; /* "cpu-v4", "cpu-v3", "cpu-c", "cuda-bf16", "cuda-f16" */
+    const char *name; /* "cpu-v4", "cpu-v3", "cpu-c"; "cuda-bf16", "cuda-f16", with "-mma" behind for the portable
+                         kernels. CPUs give the same bits under all their names, GPUs under one */
     enum lr_dtype act_dtype; /* of lr_act: LR_F32 (cpu), LR_BF16 or LR_F16 (cuda) */
     int host_memory;         /* 1: the backend's memory is the host's */
     struct lr_memory_ops memory;
@@ -636,6 +662,8 @@ struct lr_kernel_ops {
     void (*gather_rows)(
         const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows, int64_t n_rows, void *y);
     void (*moe_combine)(const struct lr_exec *exec, const struct lr_moe_combine_args *args);
+
+    void (*sample)(const struct lr_exec *exec, const struct lr_sample_args *args);
 };
 
 enum lr_isa { LR_ISA_AUTO, LR_ISA_V4, LR_ISA_V3, LR_ISA_C };

@@ -132,7 +132,7 @@ static struct lr_step_bytes together(struct lr_step_bytes a, struct lr_step_byte
     return (struct lr_step_bytes){a.tensors + b.tensors, a.tables + b.tables};
 }
 
-/* Logits of n_rows rows: the rows gathered and normed, and the host's copy. */
+/* Logits of n_rows document positions: the rows gathered and normed, and the host's copy. */
 static struct lr_step_bytes
 logits_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int64_t n_rows)
 {
@@ -141,6 +141,17 @@ logits_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, 
                                              lr_tensor_bytes(n_rows * dims->d, lr_act_bytes(ops)) +
                                              lr_tensor_bytes(n_rows, sizeof(int64_t)),
                                   .tables = (ops->host_memory ? 0 : logits) + lr_tensor_bytes(n_rows, sizeof(int64_t))};
+}
+
+/* Logits of the forks' last tokens, and the tokens to come. */
+static struct lr_step_bytes
+head_bytes(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int64_t n_forks)
+{
+    size_t next = lr_tensor_bytes(n_forks, sizeof(int32_t));
+    return (struct lr_step_bytes){.tensors = lr_tensor_bytes(n_forks * dims->vocab, sizeof(float)) +
+                                             lr_tensor_bytes(n_forks * dims->d, lr_act_bytes(ops)) + next,
+                                  .tables = lr_tensor_bytes(n_forks, sizeof(struct lr_sampling)) +
+                                            lr_tensor_bytes(n_forks, sizeof(int64_t)) + next};
 }
 
 /* What lr_step_begin takes, and the arrays that describe the rows. */
@@ -178,8 +189,8 @@ struct lr_step_bytes lr_plan_step_bytes(const struct lr_model_dims *dims,
     document = larger(document, logits_bytes(dims, ops, LOGITS_ROWS));
     document = together(document, begin_bytes(dims, ops, clipped.segment_tokens));
     forks = larger(forks, logits_bytes(dims, ops, 1));
+    forks = larger(forks, head_bytes(dims, ops, options->max_forks));
     forks = together(forks, begin_bytes(dims, ops, fork_rows));
-    forks = larger(forks, logits_bytes(dims, ops, options->max_forks));
     return larger(document, forks);
 }
 

@@ -101,8 +101,8 @@ struct lr_wave_report {
     int64_t waves_done, waves_total;
 };
 
-/* Called on worker 0 with the logits [vocab] of a document or fork position, ascending positions.
- */
+/* Called on worker 0 with the logits [vocab] of a document or fork position, ascending positions. They are numbers: a
+ * NaN among them, or an infinite largest, ends the work before. */
 typedef enum lr_status lr_logits_sink(void *context, int64_t position, const float *logits, struct lr_error *err);
 
 struct lr_session_hooks {
@@ -142,21 +142,31 @@ void lr_fork_rewind(struct lr_fork *fork);
 void lr_fork_release(struct lr_fork *fork);
 int64_t lr_fork_position(const struct lr_fork *fork);
 
-/* Tokens for several forks at once. The logits after each fork's last token go to `logits`
- * [n_forks, vocab] on worker 0 (NULL to skip them). With `sink`, worker 0 gets the logits of every
- * token instead (only with one fork). The bits of a fork do not depend on the other forks, nor on
- * how its tokens are divided over calls. */
+/* Tokens for several forks at once. The bits of a fork do not depend on the other forks, nor on how its tokens are
+ * divided over calls. */
 struct lr_fork_input {
     struct lr_fork *fork;
     const int32_t *ids;
     int64_t n_ids;
 };
+
+/* What worker 0 wants to have of them: of the last tokens, or of every token of a single fork. */
+struct lr_fork_output {
+    int32_t *next;                      /* [n_forks] each fork's next token, chosen on the device; -1 where the logits
+                                           are no numbers: see lr_fail_logits. It may be where the ids lie. NULL: none */
+    const struct lr_sampling *sampling; /* how */
+    float *logits;                      /* [n_forks, vocab]; NULL: none */
+    lr_logits_sink *sink;               /* NULL: nobody */
+    void *sink_context;
+};
+/* output: NULL where nothing is wanted. Collective. */
 LR_MUST_USE enum lr_status lr_forks_extend(struct lr_session *session,
                                            const struct lr_fork_input *inputs,
                                            int64_t n_inputs,
-                                           float *logits,
-                                           lr_logits_sink *sink,
-                                           void *sink_context,
+                                           const struct lr_fork_output *output,
                                            struct lr_error *err);
+
+/* Says that a position's logits hold a NaN, or that the largest is infinite. */
+enum lr_status lr_fail_logits(const struct lr_engine *engine, int64_t position, struct lr_error *err);
 
 #endif

@@ -310,4 +310,12 @@ LR_MUST_USE enum lr_status lr_step_begin(struct lr_step *step, const int32_t *id
 /* logits [n_rows, vocab] = head(norm(x)). `normed` is scratch [n_rows, d]. Local. */
 void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, lr_act *normed, float *logits);
 
+/* Passes one position's logits (host) to a sink, if they are numbers. */
+LR_MUST_USE enum lr_status lr_sink_logits(const struct lr_engine *engine,
+                                          lr_logits_sink *sink,
+                                          void *context,
+                                          int64_t position,
+                                          const float *logits,
+                                          struct lr_error *err);
+
 #endif

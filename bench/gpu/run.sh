@@ -24,27 +24,38 @@ results=${results:-bench/results/gpu-$(echo "${gpu%%,*}" | tr ' ' '-')-$commit.t
 mkdir -p "$(dirname "$results")"
 export PATH=$PATH:/usr/local/cuda/bin LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}:/usr/local/cuda/lib64
 
+# The architecture of a .cu file: this machine's, but for the kernels of sm_90 alone (kernels/CMakeLists.txt lists them).
+hopper=$(sed -n 's/^set(LR_CUDA_HOPPER \(.*\))$/\1/p' kernels/CMakeLists.txt)
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
+architecture()
+{
+    local number=$capability
+    [[ $number != 90 && " $hopper " != *" cuda/$(basename "$1") "* ]] || number=90a
+    echo "arch=compute_$number,code=sm_$number"
+}
+
 # A program that does not build is reported; the others go on. What touches activations is compiled for both types.
 compile()
 {
     build=build/gpu
     local objects=$build/objects c=(-std=gnu17 -D_GNU_SOURCE -O2 -I. -ffp-contract=off -fno-math-errno)
-    local cuda=(-std=c++17 -O3 -gencode "arch=compute_90a,code=sm_90a" -lineinfo -I.)
+    local cuda=(-std=c++17 -O3 -lineinfo -I.)
     local file name type define
     mkdir -p "$objects" $build/tests/cuda $build/bin
     rm -f "$objects"/*
     for type in bf16 f16; do
         define=-DLR_CUDA_${type^^}
         for file in kernels/cuda/*.cu; do
-            nvcc "${cuda[@]}" "$define" -c "$file" -o "$objects/$(basename "$file" .cu)_$type.o" &
+            nvcc "${cuda[@]}" -gencode "$(architecture "$file")" "$define" -c "$file" -o "$objects/$(basename "$file" .cu)_$type.o" &
         done
         gcc "${c[@]}" "$define" -c kernels/cuda/table.c -o "$objects/table_$type.o" &
     done
-    for file in base/status.c kernels/ref_*.c kernels/cpu/rope.c kernels/cuda/open.c; do
+    gcc "${c[@]}" -O3 -DLR_ISA_SUFFIX=c -DLR_SIMD_C -c kernels/cpu/sample.c -o "$objects/sample_c.o" &
+    for file in base/clock.c base/pool.c base/status.c kernels/ref_*.c kernels/cpu/rope.c kernels/cuda/open.c; do
         gcc "${c[@]}" -c "$file" -o "$objects/$(basename "$file").o" &
     done
     wait
-    for file in attention_packet backend memory tma; do # these know no activations
+    for file in attention_packet backend memory sample tma; do # these know no activations
         rm -f "$objects/${file}_f16.o"
     done
     ar rcs "$objects/liblr.a" "$objects"/*.o
@@ -57,10 +68,10 @@ compile()
                 nvcc "${cuda[@]}" "$objects/$name.o" -o "$build/tests/cuda/$name" "${link[@]}"; } &
         done
         for file in tests/kernels/cuda/test_*.cu; do
-            nvcc "${cuda[@]}" "$define" "$file" -o "$build/tests/cuda/$(basename "$file" .cu)_$type" "${link[@]}" &
+            nvcc "${cuda[@]}" -gencode "$(architecture "$file")" "$define" "$file" -o "$build/tests/cuda/$(basename "$file" .cu)_$type" "${link[@]}" &
         done
         for file in bench/gpu/*_bench.cu; do
-            nvcc "${cuda[@]}" "$define" "$file" -o "$build/bin/$(basename "$file" .cu)_$type" "${link[@]}" &
+            nvcc "${cuda[@]}" -gencode "$(architecture "$file")" "$define" "$file" -o "$build/bin/$(basename "$file" .cu)_$type" "${link[@]}" &
         done
     done
     wait
@@ -84,6 +95,7 @@ everything()
     if [[ $steps == *tests* ]]; then
         for program in "$build"/tests/cuda/test_*; do
             run 60 "$(basename "$program")" "$program"
+            run 60 "$(basename "$program"), portable kernels" env LR_CUDA_KERNELS=mma "$program"
         done
     fi
     if [[ $steps == *sanitizer* ]]; then

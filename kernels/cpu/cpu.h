@@ -56,7 +56,8 @@ void lr_cpu_rope_table(const struct lr_exec *exec, const int64_t *positions, int
     X(router)                                                                                                          \
     X(expert_sort)                                                                                                     \
     X(gather_rows)                                                                                                     \
-    X(moe_combine)
+    X(moe_combine)                                                                                                     \
+    X(sample)
 
 /* The prototypes of one instruction set: the types are those of the table's own slots. */
 #define LR_CPU_DECLARE(suffix)                                                                                         \
@@ -97,7 +98,8 @@ void lr_cpu_rope_table(const struct lr_exec *exec, const int64_t *positions, int
     void lr_expert_sort_##suffix(const struct lr_exec *exec, const struct lr_expert_sort_args *args);                  \
     void lr_gather_rows_##suffix(const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows,     \
                                  int64_t n_rows, void *y);                                                             \
-    void lr_moe_combine_##suffix(const struct lr_exec *exec, const struct lr_moe_combine_args *args)
+    void lr_moe_combine_##suffix(const struct lr_exec *exec, const struct lr_moe_combine_args *args);                  \
+    void lr_sample_##suffix(const struct lr_exec *exec, const struct lr_sample_args *args)
 
 LR_CPU_DECLARE(v4);
 LR_CPU_DECLARE(v3);

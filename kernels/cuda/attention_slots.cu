@@ -1,7 +1,7 @@
 /* The table's slots around attention: storing keys and values in blocks, and folding listed blocks into rows. */
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/attention_packet.h"
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/mma.cuh"
 
 namespace lr::LR_CUDA_ACT
 {
@@ -164,6 +164,7 @@ void LR_CUDA(attention)(const struct lr_exec *exec, const struct lr_attention_ar
     fold.scale = args->scale;
     fold.window = args->window;
     fold.sinks = args->sinks;
+    fold.half_blocks = args->half_blocks;
     fold.resume = !args->first;
     fold.m = args->m;
     fold.l = args->l;

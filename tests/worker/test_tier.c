@@ -185,7 +185,8 @@ static struct kept read_all(struct lr_session_options options, int64_t *host_sla
     for (int i = 0; i < 2; i++)
         assert_ok(lr_session_fork(session, &inputs[i].fork, err));
     for (int turn = 0; turn < 2; turn++) {
-        assert_ok(lr_forks_extend(session, inputs, 2, kept.logits + (N + 2 * turn) * vocab(), NULL, NULL, err));
+        struct lr_fork_output output = {.logits = kept.logits + (N + 2 * turn) * vocab()};
+        assert_ok(lr_forks_extend(session, inputs, 2, &output, err));
         for (int i = 0; i < 2; i++)
             inputs[i].n_ids = 1 + i;
     }
@@ -299,7 +300,7 @@ static void memory_is_taken_as_planned(void **state)
         assert_ok(lr_session_seal(session, err));
         struct lr_fork_input question = {.ids = ids, .n_ids = 1}; /* walks through all slabs: both slots are used */
         assert_ok(lr_session_fork(session, &question.fork, err));
-        assert_ok(lr_forks_extend(session, &question, 1, NULL, NULL, NULL, err));
+        assert_ok(lr_forks_extend(session, &question, 1, &(struct lr_fork_output){0}, err));
         lr_session_memory(session, &use);
         assert_int_equal(use.host_slabs > 0, tiers);
         assert_within_5_percent(use.reserved_bytes, use.planned_bytes);
