@@ -23,7 +23,8 @@ struct bench {
 struct measured {
     int64_t tokens;
     double prefill_seconds, decode_seconds;
-    struct lr_memory_use memory; /* of the worker that took the most */
+    double least_wait_seconds, most_wait_seconds; /* of the workers, for transfers, in prefill */
+    struct lr_memory_use memory;                  /* of the worker that took the most */
 };
 
 static enum lr_status parse_lengths(struct bench *b, struct lr_error *err)
@@ -97,10 +98,11 @@ static void print_line(const struct bench *b, const struct measured *m)
     if (b->settings.json) {
         printf("{\"tokens\":%lld,\"workers\":%d,\"threads\":%d,\"attention\":\"%s\",\"prefill_seconds\":%.6f,"
                "\"prefill_tokens_per_second\":%.1f,\"decode_side_by_side\":%lld,\"decode_tokens_per_second\":%.1f,"
-               "\"planned_bytes\":%zu,\"taken_bytes\":%zu,\"host_bytes\":%zu}\n",
+               "\"least_wait_seconds\":%.6f,\"most_wait_seconds\":%.6f,\"planned_bytes\":%zu,\"taken_bytes\":%zu,"
+               "\"host_bytes\":%zu}\n",
                (long long)m->tokens, b->job.comm->size, b->job.options.n_threads, lr_attention_text(&b->job),
-               m->prefill_seconds, prefill, (long long)b->side_by_side, decoded, m->memory.planned_bytes,
-               m->memory.taken_bytes, m->memory.host_reserved_bytes);
+               m->prefill_seconds, prefill, (long long)b->side_by_side, decoded, m->least_wait_seconds,
+               m->most_wait_seconds, m->memory.planned_bytes, m->memory.taken_bytes, m->memory.host_reserved_bytes);
     } else {
         printf("%12s  %-7s %12.3f s %12s/s %12s/s\n", lr_number_text(m->tokens), lr_attention_text(&b->job),
                m->prefill_seconds, lr_number_text((int64_t)prefill), lr_number_text((int64_t)decoded));
@@ -117,6 +119,7 @@ static enum lr_status measure(struct bench *b, int64_t length, struct lr_error *
     struct lr_reading reading = {.settings = &quiet};
     LR_TRY(lr_reading_run(&reading, &b->job, &document, b->side_by_side, b->decode_tokens + 2, err));
     m.prefill_seconds = b->job.prefill_seconds;
+    LR_TRY(lr_job_waited(&b->job, &m.least_wait_seconds, &m.most_wait_seconds, err));
     if (b->decode_tokens > 0)
         LR_TRY(decode(b, &m.decode_seconds, err));
     struct lr_memory_use memory[LR_COMM_MAX_WORKERS];

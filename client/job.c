@@ -148,9 +148,23 @@ enum lr_status lr_job_open_session(struct lr_job *job,
 
 enum lr_status lr_job_read(struct lr_job *job, const struct lr_job_document *document, struct lr_error *err)
 {
+    LR_TRY(lr_comm_check(job->engine.links, err));
+    job->waited_before_ns = job->engine.links->stats.waited_ns;
     double begin = lr_clock_seconds();
     LR_TRY(feed(job, document, err));
     job->prefill_seconds = lr_clock_seconds() - begin;
+    return LR_OK;
+}
+
+enum lr_status lr_job_waited(struct lr_job *job, double *least, double *most, struct lr_error *err)
+{
+    struct lr_comm *links = job->engine.links;
+    LR_TRY(lr_comm_check(links, err)); /* counts what the device has waited for */
+    double waited = (double)(links->stats.waited_ns - job->waited_before_ns) * 1e-9;
+    float extremes[2] = {(float)-waited, (float)waited};
+    LR_TRY(lr_comm_max_f32(job->comm, "waits", extremes, 2, err));
+    *least = (double)-extremes[0];
+    *most = (double)extremes[1];
     return LR_OK;
 }
 

@@ -38,6 +38,7 @@ struct lr_job {
     struct lr_session *session;
     enum lr_attention_mode attention; /* chosen, once the document's length is known */
     double load_seconds, prefill_seconds, decode_seconds;
+    int64_t waited_before_ns; /* what the links had waited when the document began */
 };
 
 /* Loads the model, and the tokenizer if it is wanted. Collective. */
@@ -84,6 +85,11 @@ lr_job_read(struct lr_job *job, const struct lr_job_document *document, struct l
 
 /* Of every worker's session, [size], on all. Collective. */
 LR_MUST_USE enum lr_status lr_job_memory(struct lr_job *job, struct lr_memory_use *uses, struct lr_error *err);
+
+/* Seconds since the document began in which a worker waited for transfers and computed nothing: of the worker with the
+ * least, which is the busiest and waits for transfers alone, and of the one with the most, which also waits for the others.
+ * Collective. */
+LR_MUST_USE enum lr_status lr_job_waited(struct lr_job *job, double *least, double *most, struct lr_error *err);
 
 /* Peak resident bytes of every worker, [size], on all. Collective. */
 LR_MUST_USE enum lr_status lr_job_peak_rss(struct lr_job *job, int64_t *bytes, struct lr_error *err);

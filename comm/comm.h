@@ -3,7 +3,7 @@
  *   lr_comm ---- ops ----> self.c    (one worker, no MPI)
  *                     `--> mpi.c     (the only file that includes mpi.h)
  *                     `--> staged.c  (a device's memory, through one of those)
- *                     `--> nccl.c    (a device's memory, the only file that includes nccl.h)
+ *                     `--> nccl.c    (a device's memory, comm/nccl* alone include nccl.h)
  *
  * Every collective is entered by every worker, in the same order, with 0 bytes where a worker has
  * nothing. Each carries a header (sequence number, kind, sizes, label): a worker that is out of

@@ -13,6 +13,7 @@
 
 static const int poll_ms = 20;
 static const int grace_ms = 2000; /* between SIGTERM, which lets a daemon clean up, and SIGKILL */
+static const int hold_ms = 10000; /* a claim at most; mpirun is impatient for five seconds */
 
 static struct lr_ending *armed;
 
@@ -60,9 +61,36 @@ static bool wait_until_gone(const struct lr_ending *ending, int ms)
     return all_gone(ending);
 }
 
+/* Nothing of the worker may be held but `kept` (-1: nothing): mpirun waits until the last writer of a worker's output
+ * has closed it. */
+static void close_everything_but(int kept)
+{
+    unsigned first_behind = kept < 0 ? 0U : (unsigned)kept + 1;
+    if ((kept <= 0 || syscall(SYS_close_range, 0U, (unsigned)kept - 1, 0U) == 0) &&
+        syscall(SYS_close_range, first_behind, ~0U, 0U) == 0)
+        return;
+    long most = sysconf(_SC_OPEN_MAX);
+    for (int fd = 0; fd < (most > 0 && most < 65536 ? most : 65536); fd++)
+        if (fd != kept)
+            close(fd);
+}
+
+/* A process that keeps the claim until the daemon is gone: the daemon may kill the claimant before that. */
+static void hold_claim(const struct lr_ending *ending, int claim)
+{
+    if (_Fork() != 0) /* fork itself is not safe in a signal handler */
+        return;
+    setsid();
+    close_everything_but(claim);
+    for (int waited = 0; waited < hold_ms && !lr_process_is_gone(ending->daemon, ending->daemon_started);
+         waited += poll_ms)
+        sleep_ms(poll_ms);
+    _exit(0);
+}
+
 /* Whether this process is the one of its host that tells the daemon: mpirun takes a second SIGTERM
  * within five seconds for impatience, and then leaves workers, output and shared memory behind. The
- * claim is the name of a socket, which goes with the process. */
+ * claim is the name of a socket. */
 static bool claim_daemon(const struct lr_ending *ending)
 {
     struct sockaddr_un name = {.sun_family = AF_UNIX};
@@ -73,8 +101,13 @@ static bool claim_daemon(const struct lr_ending *ending)
     lr_text_add_number(&text, ending->daemon_started);
     int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     socklen_t name_bytes = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + text.used);
-    /* Left open: the claim ends with this process. */
-    return fd < 0 || bind(fd, (const struct sockaddr *)&name, name_bytes) == 0 || errno != EADDRINUSE;
+    if (fd < 0)
+        return true;
+    if (bind(fd, (const struct sockaddr *)&name, name_bytes) == 0)
+        hold_claim(ending, fd);
+    else if (errno == EADDRINUSE)
+        return false;
+    return true;
 }
 
 static void end_all(const struct lr_ending *ending)
@@ -127,17 +160,6 @@ void lr_ending_disarm(void)
     alarm(0);
 }
 
-/* Nothing of the worker may be held: mpirun waits until the last writer of a worker's output has
- * closed it. */
-static void close_everything(void)
-{
-    if (syscall(SYS_close_range, 0U, ~0U, 0U) == 0)
-        return;
-    long most = sysconf(_SC_OPEN_MAX);
-    for (int fd = 0; fd < (most > 0 && most < 65536 ? most : 65536); fd++)
-        close(fd);
-}
-
 void lr_ending_watch(const struct lr_ending *ending, unsigned seconds)
 {
     if (fork() != 0)
@@ -147,7 +169,7 @@ void lr_ending_watch(const struct lr_ending *ending, unsigned seconds)
         signal(number, SIG_DFL);
     signal(SIGTERM, SIG_IGN);
     signal(SIGHUP, SIG_IGN);
-    close_everything();
+    close_everything_but(-1);
     if (!wait_until_gone(ending, (int)seconds * 1000))
         end_all(ending);
     _exit(0);

@@ -55,6 +55,25 @@ void lr_links_abort_world(struct lr_comm *comm, int exit_code)
     lr_comm_abort(host_of(comm), exit_code);
 }
 
+bool lr_links_capture(const struct lr_comm *links)
+{
+    return links->size == 1 || links->ops->captures;
+}
+
+enum lr_status lr_links_unit_begin(struct lr_comm *links, struct lr_error *err)
+{
+    if (links->failed == LR_OK && links->ops->unit_begin)
+        links->failed = links->ops->unit_begin(links, err);
+    return links->failed;
+}
+
+enum lr_status lr_links_unit_end(struct lr_comm *links, struct lr_error *err)
+{
+    if (links->failed == LR_OK && links->ops->unit_end)
+        links->failed = links->ops->unit_end(links, err);
+    return links->failed;
+}
+
 void lr_links_abort(struct lr_comm *links)
 {
     if (!links->backend)

@@ -22,6 +22,7 @@
 #define LR_COMM_LINKS_H
 
 #include "comm/comm.h"
+#include <stdbool.h>
 
 /* The backend's memory as links use it: struct lr_memory_ops of kernels/ops.h with its exec bound as `context`. Filled
  * by the engine; copied by open. Called from the thread that enters the collectives. */
@@ -62,6 +63,17 @@ LR_MUST_USE enum lr_status lr_links_open_nccl(struct lr_comm *host,
                                               const struct lr_link_memory *memory,
                                               struct lr_comm *links,
                                               struct lr_error *err);
+
+/* Whether steps on these links may lie in a unit of the kernels (unit_begin, unit_end of kernels/ops.h): NCCL's, and
+ * those of a world of one. Then the unit of the links is around that of the kernels, at all workers alike:
+ *
+ *   lr_links_unit_begin | unit_begin  kernels, steps, kernels ...  unit_end | lr_links_unit_end
+ *
+ * In it steps are noted and launched as everywhere, but as parts of the graph that starts with unit_end. Every started
+ * one is waited for in it. lr_comm_check is not called in it. */
+bool lr_links_capture(const struct lr_comm *links);
+LR_MUST_USE enum lr_status lr_links_unit_begin(struct lr_comm *links, struct lr_error *err);
+LR_MUST_USE enum lr_status lr_links_unit_end(struct lr_comm *links, struct lr_error *err);
 
 /* Orderly end, entered by all, before the end of `host`, which stays open. Waits for what is in flight. After a failure
  * it is lr_links_abort. Nothing for links that were never opened (all zero). */

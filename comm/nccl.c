@@ -1,59 +1,34 @@
-/* Links over NCCL: from device to device. The only file that includes nccl.h, and with it the CUDA runtime.
+/* Links over NCCL: from device to device. nccl_open.c starts them, nccl_watch.c ends a call that hangs.
  *
  *   kernels' stream   ...K1 --ready--.            K2 (beside the transfer)    .--> K3...
  *   own stream                       `--> [copy of what stays] [NCCL] --done--'
  *                                        start                        wait
  *
- * The host launches and goes on; lr_comm_wait makes the kernels' stream wait, not the host. The communicator does not
- * block: a launch is asked for until NCCL says that it is on the stream. What then fails or hangs on the device is
- * noticed by whoever calls next, or calls lr_comm_check while waiting for the device: NCCL's own error, or a step whose
- * data was ready a deadline ago and that is not through. Then the communicator is aborted, which also ends the kernels
- * that wait inside the device.
+ * The host launches and goes on; lr_comm_wait makes the kernels' stream wait, not the host. NCCL's calls put a launch
+ * on the stream before they return; one that does not return, because another worker does not come to the first use of
+ * a connection, is ended by the watch. What fails or hangs on the device is noticed by whoever calls next, or calls
+ * lr_comm_check while waiting for the device: NCCL's own error, or a step whose data was ready a deadline ago and that
+ * is not through. Then the communicator is aborted, which also ends the kernels that wait inside the device.
  *
  * NCCL's messages carry no header. Who is out of step is found by the trail (trail.h). Steps of 0 bytes between two
  * workers launch nothing between them, at both alike.
  *
  * ncclAllGather where all have the same size, ncclBroadcast, ncclAllReduce for maxima and integer sums (both free of
- * order; the maximum on the device puts +0 above -0 as the host's does); the rest is a group of sends and receives. */
-#include "comm/trail.h"
+ * order; the maximum on the device puts +0 above -0 as the host's does); the rest is a group of sends and receives.
+ *
+ * In a unit the kernels' stream is being captured, and the own one with it: events then are edges of the graph and are
+ * not asked. The unit as a whole is one running step, which its launch is. */
+#include "comm/nccl_links.h"
 
 #include "base/clock.h"
 
-#include <cuda_runtime_api.h>
-#include <nccl.h>
 #include <pthread.h>
 #include <sched.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-enum { MAX_STARTED = 8, MAX_RUNNING = 256, TESTS_PER_LOOK = 64, ABORT_SECONDS = 3 };
-
-/* A step that may still run on the device, in the order of launching. */
-struct running {
-    struct lr_comm_step step;
-    cudaEvent_t ready, done;
-    int64_t ready_ns; /* when its data was first seen to be ready; 0: not yet */
-};
-
-/* A started step that was not waited for. `step` comes first: lr_comm_request holds a pointer to it. */
-struct started {
-    struct lr_comm_step step;
-    cudaEvent_t done;
-    bool used;
-};
-
-struct device_links {
-    struct lr_links links;
-    ncclComm_t nccl; /* NULL: aborted */
-    cudaStream_t kernels, own;
-    struct running running[MAX_RUNNING]; /* a ring: n_running from `oldest` on */
-    int oldest, n_running;
-    struct started started[MAX_STARTED];
-    struct lr_trail *trail;
-    size_t *sends, *receives; /* [size] scratch */
-};
+enum { TESTS_PER_LOOK = 64, ABORT_SECONDS = 3 };
 
 static struct device_links *device_of(const struct lr_comm *comm)
 {
@@ -69,10 +44,12 @@ static void *abort_nccl(void *nccl)
 }
 
 /* In a thread, because an abort joins threads of NCCL's that may be stuck in the network. */
-static void nccl_give_up(struct lr_comm *comm)
+void lr_nccl_give_up(struct lr_comm *comm)
 {
     struct device_links *device = device_of(comm);
     pthread_t thread;
+    if (device->watch && !lr_nccl_watch_leave(device->watch))
+        device->nccl = NULL;
     if (!device->nccl || pthread_create(&thread, NULL, abort_nccl, device->nccl) != 0)
         return;
     device->nccl = NULL;
@@ -83,7 +60,7 @@ static void nccl_give_up(struct lr_comm *comm)
         pthread_detach(thread);
 }
 
-static enum lr_status cuda_failed(cudaError_t error, const char *what, struct lr_error *err)
+enum lr_status lr_nccl_cuda_failed(cudaError_t error, const char *what, struct lr_error *err)
 {
     if (error == cudaSuccess)
         return LR_OK;
@@ -91,7 +68,7 @@ static enum lr_status cuda_failed(cudaError_t error, const char *what, struct lr
                    what, cudaGetErrorString(error));
 }
 
-static enum lr_status nccl_failed(ncclComm_t nccl, ncclResult_t result, const char *what, struct lr_error *err)
+enum lr_status lr_nccl_failed(ncclComm_t nccl, ncclResult_t result, const char *what, struct lr_error *err)
 {
     return lr_fail(err, LR_PEER_LOST, "NCCL failed at '%s': %s: %s", what, ncclGetErrorString(result),
                    ncclGetLastError(nccl));
@@ -114,24 +91,33 @@ static enum lr_status timed_out(struct lr_comm *comm, const struct lr_comm_step 
 
 /* ---- what runs on the device ---- */
 
+/* "Not ready" is kept as an error otherwise, and found by whoever launches next. */
+static cudaError_t ask(cudaEvent_t event)
+{
+    cudaError_t state = cudaEventQuery(event);
+    if (state == cudaErrorNotReady)
+        (void)cudaGetLastError();
+    return state;
+}
+
 /* Forgets what is through; LR_TIMEOUT where the oldest should be. */
 static enum lr_status look_at_device(struct lr_comm *comm, struct lr_error *err)
 {
     struct device_links *device = device_of(comm);
     for (; device->n_running > 0; device->n_running--) {
         struct running *oldest = &device->running[device->oldest];
-        cudaError_t error = cudaEventQuery(oldest->done);
+        cudaError_t error = ask(oldest->done);
         if (error == cudaErrorNotReady) {
             int64_t now_ns = lr_clock_ns();
             if (oldest->ready_ns > 0)
                 return now_ns - oldest->ready_ns > comm->timeout_ms * 1000000 ? timed_out(comm, &oldest->step, err)
                                                                               : LR_OK;
-            if (cudaEventQuery(oldest->ready) == cudaSuccess)
+            if (ask(oldest->ready) == cudaSuccess)
                 oldest->ready_ns = now_ns;
             return LR_OK;
         }
-        LR_TRY(cuda_failed(error, oldest->step.label, err));
-        device->oldest = (device->oldest + 1) % MAX_RUNNING;
+        LR_TRY(lr_nccl_cuda_failed(error, oldest->step.label, err));
+        device->oldest = (device->oldest + 1) % LR_NCCL_RUNNING;
     }
     return LR_OK;
 }
@@ -142,7 +128,7 @@ static enum lr_status look_at_nccl(struct lr_comm *comm, const char *label, stru
     ncclResult_t state = ncclSuccess;
     ncclResult_t result = ncclCommGetAsyncError(device->nccl, &state);
     if (result != ncclSuccess || (state != ncclSuccess && state != ncclInProgress))
-        return nccl_failed(device->nccl, result != ncclSuccess ? result : state, label, err);
+        return lr_nccl_failed(device->nccl, result != ncclSuccess ? result : state, label, err);
     return LR_OK;
 }
 
@@ -150,8 +136,23 @@ static enum lr_status look_at_nccl(struct lr_comm *comm, const char *label, stru
 static enum lr_status ended(struct lr_comm *comm, enum lr_status status)
 {
     if (status != LR_OK && status != LR_FULL)
-        nccl_give_up(comm);
+        lr_nccl_give_up(comm);
     return status;
+}
+
+/* Adds up what the kernels' stream has stood still, of the waits that it has passed. */
+static void count_standing(struct lr_comm *comm)
+{
+    struct device_links *device = device_of(comm);
+    for (; device->n_standing > 0; device->n_standing--) {
+        const struct standing *first = &device->standing[device->first_standing];
+        float ms;
+        if (ask(first->passed) != cudaSuccess ||
+            cudaEventElapsedTime(&ms, first->reached, first->passed) != cudaSuccess)
+            return;
+        comm->stats.waited_ns += (int64_t)(ms * 1e6f);
+        device->first_standing = (device->first_standing + 1) % LR_NCCL_RUNNING;
+    }
 }
 
 static enum lr_status nccl_check(struct lr_comm *comm, struct lr_error *err)
@@ -159,10 +160,11 @@ static enum lr_status nccl_check(struct lr_comm *comm, struct lr_error *err)
     enum lr_status status = look_at_nccl(comm, "a transfer", err);
     if (status == LR_OK)
         status = look_at_device(comm, err);
+    count_standing(comm);
     return ended(comm, status);
 }
 
-static void rest_a_little(const struct lr_comm *host, int64_t tests)
+void lr_nccl_rest(const struct lr_comm *host, int64_t tests)
 {
     if (tests % TESTS_PER_LOOK == 0 && host->idle)
         host->idle(host->idle_context);
@@ -172,73 +174,95 @@ static void rest_a_little(const struct lr_comm *host, int64_t tests)
         sched_yield();
 }
 
-/* Asks until NCCL has done what it was asked for, or the time is up: then ncclInProgress. */
-static ncclResult_t poll_nccl(const struct device_links *device, ncclResult_t result, int64_t timeout_ms)
-{
-    int64_t deadline_ns = lr_clock_ns() + timeout_ms * 1000000;
-    for (int64_t tests = 1; result == ncclInProgress; tests++) {
-        ncclResult_t asked = ncclCommGetAsyncError(device->nccl, &result);
-        if (asked != ncclSuccess)
-            result = asked;
-        if (tests % TESTS_PER_LOOK == 0 && lr_clock_ns() > deadline_ns)
-            break;
-        rest_a_little(device->links.host, tests);
-    }
-    return result;
-}
-
-/* Until what was asked of NCCL is on the stream. */
-static enum lr_status
-wait_for_launch(struct lr_comm *comm, ncclResult_t result, const struct lr_comm_step *step, struct lr_error *err)
-{
-    struct device_links *device = device_of(comm);
-    result = poll_nccl(device, result, comm->timeout_ms);
-    if (result == ncclInProgress)
-        return timed_out(comm, step, err);
-    return result == ncclSuccess ? LR_OK : nccl_failed(device->nccl, result, step->label, err);
-}
-
 static enum lr_status make_room(struct lr_comm *comm, struct lr_error *err)
 {
     struct device_links *device = device_of(comm);
-    for (int64_t tests = 1; device->n_running == MAX_RUNNING; tests++) {
+    for (int64_t tests = 1; device->n_running == LR_NCCL_RUNNING; tests++) {
         LR_TRY(look_at_device(comm, err));
         if (tests % TESTS_PER_LOOK == 0)
             LR_TRY(look_at_nccl(comm, "a full queue of transfers", err));
-        rest_a_little(device->links.host, tests);
+        lr_nccl_rest(device->links.host, tests);
     }
     return LR_OK;
 }
 
 /* ---- one step ---- */
 
-/* Takes the next place in the ring; the own stream then waits for the kernels so far. */
-static enum lr_status open_step(struct lr_comm *comm, struct running **out, struct lr_error *err)
+static struct running *next_running(struct device_links *device)
+{
+    return &device->running[(device->oldest + device->n_running) % LR_NCCL_RUNNING];
+}
+
+/* The own stream waits for the kernels so far; from here to `launched` the watch looks after the calls. */
+static enum lr_status open_step(struct lr_comm *comm, struct lr_error *err)
 {
     struct device_links *device = device_of(comm);
-    LR_TRY(make_room(comm, err));
-    struct running *running = &device->running[(device->oldest + device->n_running) % MAX_RUNNING];
-    LR_TRY(cuda_failed(cudaEventRecord(running->ready, device->kernels), "an event", err));
-    LR_TRY(cuda_failed(cudaStreamWaitEvent(device->own, running->ready, 0), "an event", err));
-    *out = running;
+    if (!device->unit)
+        LR_TRY(make_room(comm, err));
+    cudaEvent_t ready = device->unit ? device->edge_in : next_running(device)->ready;
+    LR_TRY(lr_nccl_cuda_failed(cudaEventRecord(ready, device->kernels), "an event", err));
+    LR_TRY(lr_nccl_cuda_failed(cudaStreamWaitEvent(device->own, ready, 0), "an event", err));
+    lr_nccl_watch_enter(device->watch, device->nccl, comm->timeout_ms);
     return LR_OK;
 }
 
-/* What was launched on the own stream since is this step. */
+/* What NCCL said of the step; it is on the own stream now. */
 static enum lr_status
-close_step(struct lr_comm *comm, struct running *running, const struct lr_comm_step *step, struct lr_error *err)
+launched(struct lr_comm *comm, ncclResult_t result, const struct lr_comm_step *step, struct lr_error *err)
 {
     struct device_links *device = device_of(comm);
-    running->step = *step;
-    running->ready_ns = 0;
-    device->n_running++;
-    return cuda_failed(cudaEventRecord(running->done, device->own), "an event", err);
+    if (!lr_nccl_watch_leave(device->watch)) {
+        device->nccl = NULL;
+        return timed_out(comm, step, err);
+    }
+    return result == ncclSuccess ? LR_OK : lr_nccl_failed(device->nccl, result, step->label, err);
+}
+
+/* What was launched on the own stream since is this step; `done` is an event of its end. */
+static enum lr_status
+close_step(struct lr_comm *comm, const struct lr_comm_step *step, cudaEvent_t *done, struct lr_error *err)
+{
+    struct device_links *device = device_of(comm);
+    if (device->unit) {
+        device->unit->step = *step;
+        *done = device->edge_out;
+    } else {
+        struct running *running = next_running(device);
+        running->step = *step;
+        running->ready_ns = 0;
+        device->n_running++;
+        *done = running->done;
+    }
+    return lr_nccl_cuda_failed(cudaEventRecord(*done, device->own), "an event", err);
 }
 
 /* The kernels launched from now on wait for the step. */
 static enum lr_status join(struct lr_comm *comm, cudaEvent_t done, struct lr_error *err)
 {
-    return cuda_failed(cudaStreamWaitEvent(device_of(comm)->kernels, done, 0), "an event", err);
+    struct device_links *device = device_of(comm);
+    if (device->unit)
+        return lr_nccl_cuda_failed(cudaStreamWaitEvent(device->kernels, done, 0), "an event", err);
+    if (device->n_standing == LR_NCCL_RUNNING)
+        count_standing(comm);
+    bool counted = device->n_standing < LR_NCCL_RUNNING;
+    struct standing *next = &device->standing[(device->first_standing + device->n_standing) % LR_NCCL_RUNNING];
+    if (counted)
+        LR_TRY(lr_nccl_cuda_failed(cudaEventRecord(next->reached, device->kernels), "an event", err));
+    LR_TRY(lr_nccl_cuda_failed(cudaStreamWaitEvent(device->kernels, done, 0), "an event", err));
+    if (counted)
+        LR_TRY(lr_nccl_cuda_failed(cudaEventRecord(next->passed, device->kernels), "an event", err));
+    device->n_standing += counted;
+    return LR_OK;
+}
+
+/* The end of a step that is not started: it was launched, and the kernels wait for it. */
+static enum lr_status
+end_step(struct lr_comm *comm, ncclResult_t result, const struct lr_comm_step *step, struct lr_error *err)
+{
+    cudaEvent_t done;
+    LR_TRY(launched(comm, result, step, err));
+    LR_TRY(close_step(comm, step, &done, err));
+    return join(comm, done, err);
 }
 
 /* Numbers and notes a step, and compares trails where it is time. */
@@ -271,27 +295,26 @@ copy_home(struct device_links *device, void *to, const void *from, size_t size_b
 {
     if (size_bytes == 0 || to == from)
         return LR_OK;
-    return cuda_failed(cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDeviceToDevice, device->own), "a copy", err);
+    return lr_nccl_cuda_failed(cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDeviceToDevice, device->own), "a copy",
+                               err);
 }
 
-/* One group: sends[r] bytes from `data` to each worker r, packed, or all from its start where `same`; receives[r] bytes
- * from each, packed. The own part of both is passed over. */
-static ncclResult_t
-exchange(struct lr_comm *comm, const char *data, bool same, const size_t *sends, char *received, const size_t *receives)
+ncclResult_t lr_nccl_exchange(
+    struct lr_comm *comm, const char *data, bool same, const size_t *sends, char *received, const size_t *receives)
 {
     struct device_links *device = device_of(comm);
     ncclResult_t result = ncclGroupStart();
     size_t from = 0, to = 0;
-    for (int r = 0; r < comm->size && (result == ncclSuccess || result == ncclInProgress); r++) {
+    for (int r = 0; r < comm->size && result == ncclSuccess; r++) {
         if (r != comm->rank && sends[r] > 0)
             result = ncclSend(data + from, sends[r], ncclUint8, r, device->nccl, device->own);
-        if (r != comm->rank && receives[r] > 0 && (result == ncclSuccess || result == ncclInProgress))
+        if (r != comm->rank && receives[r] > 0 && result == ncclSuccess)
             result = ncclRecv(received + to, receives[r], ncclUint8, r, device->nccl, device->own);
         from += same ? 0 : sends[r];
         to += receives[r];
     }
     ncclResult_t end = ncclGroupEnd();
-    return result == ncclSuccess || result == ncclInProgress ? end : result;
+    return result == ncclSuccess ? end : result;
 }
 
 /* ---- collectives ---- */
@@ -323,15 +346,11 @@ static enum lr_status launch_broadcast(
     struct lr_comm *comm, struct lr_comm_step *step, int root, void *data, size_t size_bytes, struct lr_error *err)
 {
     struct device_links *device = device_of(comm);
-    struct running *running;
     LR_TRY(note(comm, step, (uint64_t)root << 48 ^ size_bytes, NULL, NULL, err));
     if (size_bytes == 0)
         return LR_OK;
-    LR_TRY(open_step(comm, &running, err));
-    LR_TRY(wait_for_launch(comm, ncclBroadcast(data, data, size_bytes, ncclUint8, root, device->nccl, device->own),
-                           step, err));
-    LR_TRY(close_step(comm, running, step, err));
-    return join(comm, running->done, err);
+    LR_TRY(open_step(comm, err));
+    return end_step(comm, ncclBroadcast(data, data, size_bytes, ncclUint8, root, device->nccl, device->own), step, err);
 }
 
 static enum lr_status
@@ -346,7 +365,7 @@ static enum lr_status take_started(
     struct lr_comm *comm, enum lr_comm_kind kind, const char *label, struct started **out, struct lr_error *err)
 {
     struct device_links *device = device_of(comm);
-    for (int i = 0; i < MAX_STARTED; i++) {
+    for (int i = 0; i < LR_NCCL_STARTED; i++) {
         struct started *started = &device->started[i];
         if (started->used)
             continue;
@@ -355,18 +374,20 @@ static enum lr_status take_started(
         *out = started;
         return LR_OK;
     }
-    return lr_fail(err, LR_FULL, "'%s' cannot start: %d transfers are in flight", label, MAX_STARTED);
+    return lr_fail(err, LR_FULL, "'%s' cannot start: %d transfers are in flight", label, LR_NCCL_STARTED);
 }
 
-/* The step, now launched, is what the request stands for. */
+/* The step, as NCCL said it was launched, is what the request stands for. */
 static enum lr_status hand_over(struct lr_comm *comm,
-                                struct running *running,
+                                ncclResult_t result,
                                 struct started *started,
                                 struct lr_comm_request *request,
                                 struct lr_error *err)
 {
-    LR_TRY(close_step(comm, running, &started->step, err));
-    LR_TRY(cuda_failed(cudaEventRecord(started->done, device_of(comm)->own), "an event", err));
+    cudaEvent_t done;
+    LR_TRY(launched(comm, result, &started->step, err));
+    LR_TRY(close_step(comm, &started->step, &done, err));
+    LR_TRY(lr_nccl_cuda_failed(cudaEventRecord(started->done, device_of(comm)->own), "an event", err));
     request->pending = &started->step;
     return LR_OK;
 }
@@ -387,18 +408,16 @@ static enum lr_status launch_gather(struct lr_comm *comm,
         equal &= sizes[r] == mine;
         before += r < comm->rank ? sizes[r] : 0;
     }
-    struct running *running;
     LR_TRY(note(comm, &started->step, 0, device->sends, sizes, err));
-    LR_TRY(open_step(comm, &running, err));
+    LR_TRY(open_step(comm, err));
     ncclResult_t result;
     if (equal) {
         result = ncclAllGather(data, received, mine, ncclUint8, device->nccl, device->own);
     } else {
         LR_TRY(copy_home(device, mine > 0 ? received + before : NULL, data, mine, err));
-        result = exchange(comm, data, true, device->sends, received, sizes);
+        result = lr_nccl_exchange(comm, data, true, device->sends, received, sizes);
     }
-    LR_TRY(wait_for_launch(comm, result, &started->step, err));
-    return hand_over(comm, running, started, request, err);
+    return hand_over(comm, result, started, request, err);
 }
 
 static enum lr_status nccl_all_gather(struct lr_comm *comm,
@@ -432,13 +451,11 @@ static enum lr_status launch_all_to_all(struct lr_comm *comm,
         from += sends[r];
         to += receives[r];
     }
-    struct running *running;
     LR_TRY(note(comm, &started->step, 0, sends, receives, err));
-    LR_TRY(open_step(comm, &running, err));
+    LR_TRY(open_step(comm, err));
     if (own > 0)
         LR_TRY(copy_home(device, received + to, data + from, own, err));
-    LR_TRY(wait_for_launch(comm, exchange(comm, data, false, sends, received, receives), &started->step, err));
-    return hand_over(comm, running, started, request, err);
+    return hand_over(comm, lr_nccl_exchange(comm, data, false, sends, received, receives), started, request, err);
 }
 
 static enum lr_status nccl_all_to_all(struct lr_comm *comm,
@@ -467,18 +484,15 @@ static enum lr_status
 launch_reduce(struct lr_comm *comm, struct lr_comm_step *step, void *values, size_t n_values, struct lr_error *err)
 {
     struct device_links *device = device_of(comm);
-    struct running *running;
     LR_TRY(note(comm, step, n_values, NULL, NULL, err));
     if (n_values == 0)
         return LR_OK;
     bool maximum = step->kind == LR_COMM_MAXIMUM;
-    LR_TRY(open_step(comm, &running, err));
-    LR_TRY(wait_for_launch(comm,
-                           ncclAllReduce(values, values, n_values, maximum ? ncclFloat32 : ncclInt64,
-                                         maximum ? ncclMax : ncclSum, device->nccl, device->own),
-                           step, err));
-    LR_TRY(close_step(comm, running, step, err));
-    return join(comm, running->done, err);
+    LR_TRY(open_step(comm, err));
+    return end_step(comm,
+                    ncclAllReduce(values, values, n_values, maximum ? ncclFloat32 : ncclInt64,
+                                  maximum ? ncclMax : ncclSum, device->nccl, device->own),
+                    step, err);
 }
 
 static enum lr_status nccl_reduce(struct lr_comm *comm,
@@ -507,8 +521,7 @@ static enum lr_status launch_pass(struct lr_comm *comm,
     LR_TRY(note(comm, step, common, NULL, NULL, err));
     if (size_bytes == 0 || (comm->rank != from && comm->rank != to))
         return LR_OK;
-    struct running *running;
-    LR_TRY(open_step(comm, &running, err));
+    LR_TRY(open_step(comm, err));
     ncclResult_t result = ncclSuccess;
     if (from == to)
         LR_TRY(copy_home(device, received, data, size_bytes, err));
@@ -516,9 +529,7 @@ static enum lr_status launch_pass(struct lr_comm *comm,
         result = ncclSend(data, size_bytes, ncclUint8, to, device->nccl, device->own);
     else
         result = ncclRecv(received, size_bytes, ncclUint8, from, device->nccl, device->own);
-    LR_TRY(wait_for_launch(comm, result, step, err));
-    LR_TRY(close_step(comm, running, step, err));
-    return join(comm, running->done, err);
+    return end_step(comm, result, step, err);
 }
 
 static enum lr_status nccl_pass(struct lr_comm *comm,
@@ -536,19 +547,55 @@ static enum lr_status nccl_pass(struct lr_comm *comm,
     return ended(comm, launch_pass(comm, &step, from, data, to, received, size_bytes, err));
 }
 
-/* ---- opening and closing ---- */
+/* ---- units ---- */
 
-static void free_device(struct device_links *device)
+/* The unit takes its place in the ring before the capture begins: events cannot be asked in it. */
+static enum lr_status nccl_unit_begin(struct lr_comm *comm, struct lr_error *err)
 {
-    for (int i = 0; i < MAX_RUNNING; i++) {
-        if (device->running[i].ready)
-            cudaEventDestroy(device->running[i].ready);
-        if (device->running[i].done)
-            cudaEventDestroy(device->running[i].done);
+    struct device_links *device = device_of(comm);
+    enum lr_status status = make_room(comm, err);
+    struct running *unit = next_running(device);
+    if (status == LR_OK)
+        status = lr_nccl_cuda_failed(cudaEventRecord(unit->ready, device->kernels), "a unit", err);
+    unit->step = step_of(LR_COMM_BARRIER, "a unit");
+    unit->ready_ns = 0;
+    device->unit = status == LR_OK ? unit : NULL;
+    return ended(comm, status);
+}
+
+static enum lr_status nccl_unit_end(struct lr_comm *comm, struct lr_error *err)
+{
+    struct device_links *device = device_of(comm);
+    struct running *unit = device->unit;
+    device->unit = NULL;
+    device->n_running++;
+    return ended(comm, lr_nccl_cuda_failed(cudaEventRecord(unit->done, device->kernels), "a unit", err));
+}
+
+/* ---- closing ---- */
+
+static void destroy_events(struct device_links *device)
+{
+    for (int i = 0; i < LR_NCCL_RUNNING; i++) {
+        cudaEvent_t all[] = {device->running[i].ready, device->running[i].done, device->standing[i].reached,
+                             device->standing[i].passed};
+        for (size_t e = 0; e < sizeof all / sizeof all[0]; e++)
+            if (all[e])
+                cudaEventDestroy(all[e]);
     }
-    for (int i = 0; i < MAX_STARTED; i++)
+    for (int i = 0; i < LR_NCCL_STARTED; i++)
         if (device->started[i].done)
             cudaEventDestroy(device->started[i].done);
+    if (device->edge_in)
+        cudaEventDestroy(device->edge_in);
+    if (device->edge_out)
+        cudaEventDestroy(device->edge_out);
+}
+
+void lr_nccl_free(struct device_links *device)
+{
+    lr_nccl_watch_close(device->watch);
+    destroy_events(device);
     if (device->own)
         cudaStreamDestroy(device->own);
     lr_trail_close(device->trail);
@@ -565,11 +612,14 @@ static enum lr_status finalize(struct lr_comm *comm, struct lr_error *err)
     LR_TRY(note(comm, &step, 0, NULL, NULL, err));
     for (int64_t tests = 1; device->n_running > 0; tests++) {
         LR_TRY(look_at_device(comm, err));
-        rest_a_little(device->links.host, tests);
+        lr_nccl_rest(device->links.host, tests);
     }
     LR_TRY(lr_trail_end(device->trail, err));
-    LR_TRY(wait_for_launch(comm, ncclCommFinalize(device->nccl), &step, err));
-    ncclCommDestroy(device->nccl);
+    lr_nccl_watch_enter(device->watch, device->nccl, comm->timeout_ms);
+    ncclResult_t result = ncclCommFinalize(device->nccl);
+    if (result == ncclSuccess)
+        result = ncclCommDestroy(device->nccl);
+    LR_TRY(launched(comm, result, &step, err));
     device->nccl = NULL;
     return LR_OK;
 }
@@ -579,13 +629,14 @@ static void nccl_close(struct lr_comm *comm)
     struct lr_error err;
     if (comm->failed == LR_OK)
         comm->failed = finalize(comm, &err);
-    nccl_give_up(comm);
-    free_device(device_of(comm));
+    lr_nccl_give_up(comm);
+    lr_nccl_free(device_of(comm));
     comm->backend = NULL;
 }
 
-static const struct lr_comm_ops nccl_ops = {
+const struct lr_comm_ops lr_nccl_ops = {
     .name = "nccl",
+    .captures = true,
     .barrier = nccl_barrier,
     .broadcast = nccl_broadcast,
     .all_gather = nccl_all_gather,
@@ -596,188 +647,11 @@ static const struct lr_comm_ops nccl_ops = {
     .wait = nccl_wait,
     .poll = lr_links_poll,
     .check = nccl_check,
-    .give_up = nccl_give_up,
+    .unit_begin = nccl_unit_begin,
+    .unit_end = nccl_unit_end,
+    .give_up = lr_nccl_give_up,
     .describe_loss = lr_links_describe_loss,
     .speaks = lr_links_speaks,
     .close = nccl_close,
     .abort = lr_links_abort_world,
 };
-
-/* What a worker has. All see the same, and so come to the same verdict. */
-struct identity {
-    int32_t usable;
-    int32_t nccl_version;
-    char device[16];
-};
-
-static void identify(struct identity *identity)
-{
-    struct cudaDeviceProp properties;
-    int device, version;
-    memset(identity, 0, sizeof *identity);
-    if (cudaGetDevice(&device) != cudaSuccess || cudaGetDeviceProperties(&properties, device) != cudaSuccess ||
-        ncclGetVersion(&version) != ncclSuccess)
-        return;
-    identity->usable = 1;
-    identity->nccl_version = version;
-    memcpy(identity->device, properties.uuid.bytes, sizeof identity->device);
-}
-
-static enum lr_status judge(const struct identity *all, int n, struct lr_error *err)
-{
-    for (int r = 0; r < n; r++) {
-        if (!all[r].usable)
-            return lr_fail(err, LR_UNSUPPORTED, "worker %d has no GPU for NCCL", r);
-        if (all[r].nccl_version != all[0].nccl_version)
-            return lr_fail(err, LR_UNSUPPORTED, "worker 0 has NCCL %d and worker %d NCCL %d", all[0].nccl_version, r,
-                           all[r].nccl_version);
-        for (int other = 0; other < r; other++)
-            if (memcmp(all[r].device, all[other].device, sizeof all[r].device) == 0)
-                return lr_fail(err, LR_UNSUPPORTED, "workers %d and %d share a GPU, which NCCL refuses", other, r);
-    }
-    return LR_OK;
-}
-
-static enum lr_status agree_on_devices(struct lr_comm *host, struct lr_error *err)
-{
-    struct identity mine, *all = calloc((size_t)host->size, sizeof *all);
-    if (!all)
-        return lr_fail(err, LR_NO_MEMORY, "no memory for the GPUs of %d workers", host->size);
-    identify(&mine);
-    enum lr_status status = lr_comm_all_gather(host, "GPUs of the workers", &mine, sizeof mine, all, err);
-    if (status == LR_OK)
-        status = judge(all, host->size, err);
-    free(all);
-    return status;
-}
-
-/* What every step needs; then NCCL itself, for at most `timeout_ms`. */
-static enum lr_status
-start_nccl(struct device_links *device, const ncclUniqueId *id, int64_t timeout_ms, struct lr_error *err)
-{
-    const struct lr_comm *host = device->links.host;
-    int least, greatest;
-    LR_TRY(cuda_failed(cudaDeviceGetStreamPriorityRange(&least, &greatest), "a stream", err));
-    LR_TRY(cuda_failed(cudaStreamCreateWithPriority(&device->own, cudaStreamNonBlocking, greatest), "a stream", err));
-    for (int i = 0; i < MAX_RUNNING; i++) {
-        struct running *running = &device->running[i];
-        LR_TRY(cuda_failed(cudaEventCreateWithFlags(&running->ready, cudaEventDisableTiming), "an event", err));
-        LR_TRY(cuda_failed(cudaEventCreateWithFlags(&running->done, cudaEventDisableTiming), "an event", err));
-    }
-    for (int i = 0; i < MAX_STARTED; i++)
-        LR_TRY(
-            cuda_failed(cudaEventCreateWithFlags(&device->started[i].done, cudaEventDisableTiming), "an event", err));
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.blocking = 0;
-    ncclResult_t result =
-        poll_nccl(device, ncclCommInitRankConfig(&device->nccl, host->size, *id, host->rank, &config), timeout_ms);
-    if (result == ncclInProgress)
-        return lr_fail(err, LR_TIMEOUT, "NCCL did not come up in %.1f s", (double)timeout_ms / 1000.0);
-    return result == ncclSuccess ? LR_OK : nccl_failed(device->nccl, result, "the start", err);
-}
-
-/* NCCL connects two workers when they first exchange something: here, so that it fails here. `buffer` has 2 * size
- * values. */
-static enum lr_status exchange_first(struct lr_comm *comm, int32_t *buffer, int64_t timeout_ms, struct lr_error *err)
-{
-    struct device_links *device = device_of(comm);
-    size_t n = (size_t)comm->size;
-    for (size_t r = 0; r < n; r++)
-        device->sends[r] = device->receives[r] = sizeof *buffer;
-    ncclResult_t result =
-        poll_nccl(device, exchange(comm, (char *)buffer, false, device->sends, (char *)(buffer + n), device->receives),
-                  timeout_ms);
-    if (result == ncclSuccess)
-        result = poll_nccl(device, ncclAllReduce(buffer, buffer, n, ncclInt32, ncclMax, device->nccl, device->own),
-                           timeout_ms);
-    if (result != ncclSuccess)
-        return nccl_failed(device->nccl, result, "the first exchange", err);
-    cudaEvent_t done = device->running[0].done;
-    LR_TRY(cuda_failed(cudaEventRecord(done, device->own), "the first exchange", err));
-    int64_t deadline_ns = lr_clock_ns() + timeout_ms * 1000000;
-    cudaError_t error;
-    for (int64_t tests = 1; (error = cudaEventQuery(done)) == cudaErrorNotReady; tests++) {
-        if (lr_clock_ns() > deadline_ns)
-            return lr_fail(err, LR_TIMEOUT, "the first exchange took more than %.1f s", (double)timeout_ms / 1000.0);
-        rest_a_little(device->links.host, tests);
-    }
-    return cuda_failed(error, "the first exchange", err);
-}
-
-static enum lr_status
-connect_devices(struct lr_comm *comm, const ncclUniqueId *id, int64_t timeout_ms, struct lr_error *err)
-{
-    size_t size_bytes = 2 * (size_t)comm->size * sizeof(int32_t);
-    int32_t *buffer = NULL;
-    LR_TRY(start_nccl(device_of(comm), id, timeout_ms, err));
-    LR_TRY(cuda_failed(cudaMalloc((void **)&buffer, size_bytes), "the first exchange", err));
-    enum lr_status status = cuda_failed(cudaMemset(buffer, 0, size_bytes), "the first exchange", err);
-    if (status == LR_OK)
-        status = exchange_first(comm, buffer, timeout_ms, err);
-    if (status == LR_OK) /* after a failure NCCL may still write there */
-        cudaFree(buffer);
-    return status;
-}
-
-/* The first failure of all, the same sentence at all. */
-static enum lr_status
-agree_on_start(struct lr_comm *host, enum lr_status mine, const struct lr_error *why, struct lr_error *err)
-{
-    struct verdict {
-        int32_t failed;
-        char message[400];
-    } own = {.failed = mine != LR_OK}, *all = calloc((size_t)host->size, sizeof *all);
-    if (!all)
-        return lr_fail(err, LR_NO_MEMORY, "no memory for the verdicts of %d workers", host->size);
-    if (own.failed)
-        snprintf(own.message, sizeof own.message, "%.399s", why->message);
-    enum lr_status status = lr_comm_all_gather(host, "start of NCCL", &own, sizeof own, all, err);
-    for (int r = 0; r < host->size && status == LR_OK; r++)
-        if (all[r].failed)
-            status = lr_fail(err, LR_UNSUPPORTED, "NCCL did not start at worker %d: %.399s", r, all[r].message);
-    free(all);
-    return status;
-}
-
-enum lr_status lr_links_open_nccl(struct lr_comm *host,
-                                  const struct lr_link_memory *memory,
-                                  struct lr_comm *links,
-                                  struct lr_error *err)
-{
-    struct invitation {
-        int32_t usable;
-        ncclUniqueId id;
-    } invitation = {0};
-    LR_TRY(agree_on_devices(host, err));
-    if (host->rank == 0)
-        invitation.usable = ncclGetUniqueId(&invitation.id) == ncclSuccess;
-    LR_TRY(lr_comm_broadcast(host, "NCCL's id", 0, &invitation, sizeof invitation, err));
-    if (!invitation.usable)
-        return lr_fail(err, LR_UNSUPPORTED, "NCCL finds no network: %s", ncclGetLastError(NULL));
-
-    struct device_links *device = calloc(1, sizeof *device);
-    if (!device)
-        return lr_fail(err, LR_NO_MEMORY, "no memory for the links between %d workers", host->size);
-    device->links = (struct lr_links){.host = host, .memory = *memory};
-    device->kernels = memory->stream;
-    device->sends = calloc((size_t)host->size, sizeof *device->sends);
-    device->receives = calloc((size_t)host->size, sizeof *device->receives);
-    struct lr_comm opened;
-    lr_links_set(&opened, &nccl_ops, &device->links);
-
-    /* Half of the deadline, so that who fails early does not wait in vain for who fails late. */
-    struct lr_error why = {.message = "no memory"};
-    enum lr_status status = device->sends && device->receives ? LR_OK : LR_NO_MEMORY;
-    if (status == LR_OK)
-        status = lr_trail_open(host, &device->trail, &why);
-    if (status == LR_OK)
-        status = connect_devices(&opened, &invitation.id, host->timeout_ms / 2, &why);
-    status = agree_on_start(host, status, &why, err);
-    if (status != LR_OK) {
-        nccl_give_up(&opened);
-        free_device(device);
-        return status;
-    }
-    *links = opened;
-    return LR_OK;
-}

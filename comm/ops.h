@@ -44,6 +44,7 @@ struct lr_comm_step {
  * LR_FULL and LR_INVALID, given before anything was sent. Each collective that is entered raises comm->sequence. */
 struct lr_comm_ops {
     const char *name;
+    bool captures; /* its steps may be entered while the kernels' stream is captured, between unit_begin and unit_end */
     enum lr_status (*barrier)(struct lr_comm *comm, const char *label, struct lr_error *err);
     enum lr_status (*broadcast)(
         struct lr_comm *comm, const char *label, int root, void *data, size_t size_bytes, struct lr_error *err);
@@ -87,6 +88,11 @@ struct lr_comm_ops {
     enum lr_status (*wait)(struct lr_comm *comm, struct lr_comm_step *step, struct lr_error *err);
     void (*poll)(struct lr_comm *comm);
     enum lr_status (*check)(struct lr_comm *comm, struct lr_error *err);
+
+    /* See lr_links_unit_begin; NULL where nothing is captured, or nothing needs to be done. */
+    enum lr_status (*unit_begin)(struct lr_comm *comm, struct lr_error *err);
+    enum lr_status (*unit_end)(struct lr_comm *comm, struct lr_error *err);
+
     void (*give_up)(struct lr_comm *comm); /* see lr_links_abort; may be called again */
 
     /* See comm.h. */

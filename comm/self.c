@@ -80,10 +80,14 @@ static const struct lr_comm_ops self_ops = {
     .abort = self_abort,
 };
 
+/* Nobody is waited for; links of a world of one wait for the device. */
+enum { DEADLINE_MS = 60000 };
+
 void lr_comm_open_self(struct lr_comm *comm)
 {
     memset(comm, 0, sizeof *comm);
     comm->ops = &self_ops;
     comm->lanes = &self_lanes;
     comm->size = comm->host_workers = comm->root_is_here = 1;
+    comm->timeout_ms = DEADLINE_MS;
 }

@@ -53,7 +53,7 @@ enum {
     LR_MAX_VOCAB = 3 << 17
 };
 
-enum { LR_UNIT_UPLOAD_BYTES = 8 << 20 };
+enum { LR_UNIT_UPLOAD_BYTES = 8 << 20, LR_FETCH_BYTES = 64 << 10 };
 
 /* An activation buffer, in the backend's activation type: float32 on the CPU, bf16 or float16 on CUDA. */
 typedef void lr_act;
@@ -565,6 +565,11 @@ struct lr_memory_ops {
     enum lr_status (*download)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes,
                                struct lr_error *err);
     enum lr_status (*wait)(const struct lr_exec *exec, struct lr_error *err);
+    /* A download of at most LR_FETCH_BYTES in two halves: what is launched between them is not waited for. `fetched`
+     * blocks and reports as download does; same `from` and size. One at a time. */
+    void (*fetch)(const struct lr_exec *exec, const void *from, size_t size_bytes);
+    enum lr_status (*fetched)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes,
+                              struct lr_error *err);
 
     /* Between backend memory and memory of reserve_host, either way, in LR_LANE_ASIDE; everything else that this table
      * launches is in LR_LANE_KERNELS. Not between unit_begin and unit_end, nor are the next two. */

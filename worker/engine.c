@@ -90,14 +90,13 @@ static void link_copy(void *context, void *to, const void *from, size_t size_byt
 static void link_upload(void *context, void *to, const void *from, size_t size_bytes)
 {
     const struct lr_engine *engine = context;
-    engine->ops->memory.upload(&engine->exec, to, from, size_bytes);
+    engine->ops->memory.copy(&engine->exec, to, from, size_bytes);
 }
 
-static enum lr_status
-link_download(void *context, void *to, const void *from, size_t size_bytes, struct lr_error *err)
+static enum lr_status link_download(void *context, void *to, const void *from, size_t size_bytes, struct lr_error *err)
 {
     const struct lr_engine *engine = context;
-    return engine->ops->memory.download(&engine->exec, to, from, size_bytes, err);
+    return lr_cuda_move_down(&engine->exec, to, from, size_bytes, err);
 }
 
 static enum lr_status link_wait(void *context, struct lr_error *err)
@@ -106,9 +105,24 @@ static enum lr_status link_wait(void *context, struct lr_error *err)
     return engine->ops->memory.wait(&engine->exec, err);
 }
 
+static void *link_pin(void *context, size_t size_bytes)
+{
+    const struct lr_engine *engine = context;
+    struct lr_error err;
+    void *base;
+    return engine->ops->memory.reserve_host(size_bytes, &base, &err) == LR_OK ? base : NULL;
+}
+
+static void link_unpin(void *context, void *base, size_t size_bytes)
+{
+    const struct lr_engine *engine = context;
+    engine->ops->memory.release_host(base, size_bytes);
+}
+
 /* NCCL where it was asked for or can be had; several workers of one device, and a world of one, go through the host.
  * Collective. */
-static enum lr_status open_links(const struct lr_engine_options *options, struct lr_engine *engine, struct lr_error *err)
+static enum lr_status
+open_links(const struct lr_engine_options *options, struct lr_engine *engine, struct lr_error *err)
 {
     struct lr_comm *comm = engine->comm;
     if (engine->ops->host_memory) {
@@ -122,7 +136,9 @@ static enum lr_status open_links(const struct lr_engine_options *options, struct
                                     .copy = link_copy,
                                     .upload = link_upload,
                                     .download = link_download,
-                                    .wait = link_wait};
+                                    .wait = link_wait,
+                                    .pin = link_pin,
+                                    .unpin = link_unpin};
     enum lr_status status = LR_UNSUPPORTED;
     if (options->transport == LR_TRANSPORT_NCCL || (options->transport == LR_TRANSPORT_AUTO && comm->size > 1))
         status = lr_links_open_nccl(comm, &memory, &engine->device_links, err);
@@ -227,6 +243,8 @@ enum lr_status lr_engine_open(const struct lr_engine_options *options,
 
 void lr_engine_close(struct lr_engine *engine)
 {
+    if (engine->exec.backend)
+        lr_cuda_forget_unit(&engine->exec);
     lr_links_close(&engine->device_links);
     lr_model_unload(&engine->model);
     if (engine->exec.backend)

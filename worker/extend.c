@@ -4,6 +4,7 @@
  * are computed by every worker; attention over the document's KV and experts stay where they are. A
  * row's result does not depend on its neighbours, so a question gets the same answer alone and
  * among others. */
+#include "comm/links.h"
 #include "worker/kv_tier.h"
 
 #include <stdlib.h>
@@ -227,14 +228,33 @@ static enum lr_status take_head(const struct extension *extension, struct head h
     return LR_OK;
 }
 
-/* Whether a step can be one unit: it meets no other worker and asks the device nothing on the way, and its lists fit.
- */
-static int is_unit(const struct lr_session *session)
+/* With more rows a device that meets others has enough to do while the host launches; a unit only starts later. */
+enum { MOST_SHARED_UNIT_ROWS = 8 };
+
+/* Whether a step can be one unit, and should: its transfers may be captured, it asks the device nothing on the way
+ * (experts on other workers are counted on the host), and its lists fit. The same at all workers. */
+static bool is_unit(const struct lr_session *session, int64_t n_rows)
 {
     const struct lr_engine *engine = session->engine;
     int64_t blocks = engine->model.dims.n_attention_layers * (session->n_tokens / LR_KV_BLOCK_TOKENS);
-    return engine->links->size == 1 && session->options.decode_pages == 0 && !lr_kv_is_tiered(session) &&
+    if (engine->links->size > 1 && n_rows > MOST_SHARED_UNIT_ROWS)
+        return false;
+    return lr_links_capture(engine->links) && engine->experts_replicated && session->options.decode_pages == 0 &&
+           !lr_kv_is_tiered(session) &&
            blocks * (int64_t)sizeof(struct lr_kv_ref) < LR_UNIT_UPLOAD_BYTES / 2;
+}
+
+static enum lr_status begin_unit(const struct lr_engine *engine, struct lr_error *err)
+{
+    LR_TRY(lr_links_unit_begin(engine->links, err));
+    engine->ops->unit_begin(&engine->exec);
+    return LR_OK;
+}
+
+static enum lr_status end_unit(const struct lr_engine *engine, struct lr_error *err)
+{
+    LR_TRY(engine->ops->unit_end(&engine->exec, err));
+    return lr_links_unit_end(engine->links, err);
 }
 
 /* Runs slices [first, end) and moves the forks on. */
@@ -257,15 +277,15 @@ static enum lr_status run_slices(
     struct lr_batch batch = {.forks = forks, .n_forks = n_forks, .n_slices = end - first, .slice_first = slice_first};
     struct lr_step step = {.session = session, .batch = &batch, .n_rows = n_rows, .positions = positions};
     const struct lr_engine *engine = session->engine;
-    int unit = batch.n_slices == 1 && is_unit(session);
+    bool unit = batch.n_slices == 1 && is_unit(session, n_rows);
     if (unit)
-        engine->ops->unit_begin(&engine->exec);
+        LR_TRY(begin_unit(engine, err));
     LR_TRY(lr_step_begin(&step, ids, err));
     LR_TRY(lr_step_layers(&step, err));
     keep_last_rows(extension, &step, first);
     int is_last = end == extension->entries[0].input->n_ids;
     if (unit)
-        LR_TRY(engine->ops->unit_end(&engine->exec, err));
+        LR_TRY(end_unit(engine, err));
     struct head head = is_last ? launch_head(extension) : (struct head){NULL, NULL};
     for (int64_t f = 0; f < n_forks; f++)
         forks[f]->position += lr_batch_fork_tokens(&batch, f);

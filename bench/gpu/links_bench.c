@@ -3,7 +3,7 @@
  *   links_bench nccl|staged [MOST_BYTES]
  *
  * One line a size: bytes that each worker sends to each other, time of a collective in a row of them (the host runs
- * ahead where it can), and GB/s that leave one GPU. Then the time of one small collective from its call to the end of
+ * ahead where it can), and GB/s that leave one GPU (to-one: that come to worker 0). Then the time of one small collective from its call to the end of
  * the device's wait, and how much of a gather hides behind copies on the kernels' stream. Medians; the slowest worker
  * counts. */
 #include "base/clock.h"
@@ -42,6 +42,17 @@ static void all_to_all(size_t size_bytes)
     for (int r = 0; r < links.size; r++)
         sends[r] = receives[r] = r == links.rank ? 0 : size_bytes;
     must(lr_comm_all_to_all_v(&links, "all-to-all", data, sends, received, receives, &err), &err);
+}
+
+/* Everything to worker 0: all tokens for one worker's experts. */
+static void to_one(size_t size_bytes)
+{
+    struct lr_error err;
+    for (int r = 0; r < links.size; r++) {
+        sends[r] = r == 0 && links.rank > 0 ? size_bytes : 0;
+        receives[r] = r > 0 && links.rank == 0 ? size_bytes : 0;
+    }
+    must(lr_comm_all_to_all_v(&links, "to one", data, sends, received, receives, &err), &err);
 }
 
 /* To the next worker alone: what a ring does. */
@@ -121,6 +132,7 @@ static void bench_sizes(size_t most_bytes)
     double others = links.size - 1;
     for (size_t bytes = 4096; bytes <= most_bytes; bytes *= 16) {
         show("all-to-all", bytes, seconds_of(all_to_all, bytes, N_IN_ROW), others * (double)bytes);
+        show("to-one", bytes, seconds_of(to_one, bytes, N_IN_ROW), others * (double)bytes);
         show("shift", bytes, seconds_of(shift, bytes, N_IN_ROW), (double)bytes);
         show("all-gather", bytes, seconds_of(all_gather, bytes, N_IN_ROW), others * (double)bytes);
         show("broadcast", bytes, seconds_of(broadcast, bytes, N_IN_ROW), (double)bytes);

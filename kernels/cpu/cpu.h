@@ -16,6 +16,8 @@ void lr_cpu_zero(const struct lr_exec *exec, void *to, size_t size_bytes);
 enum lr_status lr_cpu_download(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes,
                                struct lr_error *err);
 enum lr_status lr_cpu_wait(const struct lr_exec *exec, struct lr_error *err);
+void lr_cpu_fetch(const struct lr_exec *exec, const void *from, size_t size_bytes);
+enum lr_status lr_cpu_fetched(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes, struct lr_error *err);
 void lr_cpu_unit_begin(const struct lr_exec *exec);
 enum lr_status lr_cpu_unit_end(const struct lr_exec *exec, struct lr_error *err);
 void lr_cpu_rope_table(const struct lr_exec *exec, const int64_t *positions, int64_t n_rows, const double *inv_freq,

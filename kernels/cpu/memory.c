@@ -59,11 +59,24 @@ lr_cpu_download(const struct lr_exec *exec, void *to, const void *from, size_t s
     return LR_OK;
 }
 
+void lr_cpu_fetch(const struct lr_exec *exec, const void *from, size_t size_bytes)
+{
+    (void)exec;
+    (void)from;
+    (void)size_bytes;
+}
+
 enum lr_status lr_cpu_wait(const struct lr_exec *exec, struct lr_error *err)
 {
     (void)exec;
     (void)err;
     return LR_OK;
+}
+
+enum lr_status
+lr_cpu_fetched(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes, struct lr_error *err)
+{
+    return lr_cpu_download(exec, to, from, size_bytes, err);
 }
 
 /* A call is done when it returns, so every lane stands where the caller does. */

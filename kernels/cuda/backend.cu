@@ -32,6 +32,8 @@ struct backend {
     cudaStream_t stream, aside;
     cudaEvent_t marks[LR_MARKS];
     char *pinned, *ring, *landing, *scratch;
+    char *fetched; /* pinned: of one fetch, until it is taken */
+    cudaEvent_t fetch_done;
     cudaEvent_t entered[N_PARTS]; /* recorded when the part was last entered */
     size_t filled;                /* bytes of the current part */
     int part;
@@ -152,6 +154,8 @@ enum lr_status open_resources(struct backend *b, struct lr_error *err)
         CUDA_TRY(cudaEventCreateWithFlags(&b->marks[i], cudaEventDisableTiming), "make an event");
     CUDA_TRY(cudaMallocHost(reinterpret_cast<void **>(&b->pinned), LR_CUDA_RING_BYTES), "pin 64 MiB of host memory");
     CUDA_TRY(cudaMallocHost(reinterpret_cast<void **>(&b->landing), LR_CUDA_LANDING_BYTES), "pin 8 MiB of host memory");
+    CUDA_TRY(cudaMallocHost(reinterpret_cast<void **>(&b->fetched), LR_FETCH_BYTES), "pin 64 KiB of host memory");
+    CUDA_TRY(cudaEventCreateWithFlags(&b->fetch_done, cudaEventDisableTiming), "make an event");
     CUDA_TRY(cudaMalloc(reinterpret_cast<void **>(&b->ring), LR_CUDA_RING_BYTES), "reserve 64 MiB");
     CUDA_TRY(cudaMalloc(reinterpret_cast<void **>(&b->scratch), LR_CUDA_SCRATCH_BYTES), "reserve 64 MiB");
     for (int i = 0; i < N_PARTS; i++)
@@ -176,6 +180,9 @@ void close_resources(struct backend *b)
     cudaFree(b->scratch);
     cudaFree(b->ring);
     cudaFreeHost(b->landing);
+    cudaFreeHost(b->fetched);
+    if (b->fetch_done != nullptr)
+        cudaEventDestroy(b->fetch_done);
     cudaFreeHost(b->pinned);
     if (b->aside != nullptr)
         cudaStreamDestroy(b->aside);
@@ -360,18 +367,9 @@ void lr_cuda_note(const struct lr_exec *exec, int error, const char *slot)
     }
 }
 
-enum lr_status lr_cuda_drain(const struct lr_exec *exec, struct lr_error *err)
+/* What failed since the last report: `status` and err where the wait itself did, else the device's error. */
+static enum lr_status report(struct backend *b, enum lr_status status, struct lr_error *err)
 {
-    struct backend *b = of(exec);
-    enum lr_status status = LR_OK;
-    if (b->stopped == LR_OK) {
-        const cudaStream_t stream = b->stream;
-        const cudaError_t found = poll(
-            b, [stream] { return cudaStreamQuery(stream); }, &status, err);
-        lr_cuda_note(exec, found, b->last_slot);
-    } else {
-        status = lr_fail(err, b->stopped, "%s", b->stopped_why.message);
-    }
     const int error = b->error;
     b->error = cudaSuccess;
     b->stopped = LR_OK;
@@ -381,4 +379,49 @@ enum lr_status lr_cuda_drain(const struct lr_exec *exec, struct lr_error *err)
         return lr_fail(err, LR_INTERNAL, "GPU %d (%s): %s, at or before %s", b->device, b->name,
                        cudaGetErrorString(static_cast<cudaError_t>(error)), b->slot);
     return LR_OK;
+}
+
+/* Waits until `query` is no longer "not ready", and reports. */
+template <class Query> static enum lr_status wait_and_report(const struct lr_exec *exec, Query query, struct lr_error *err)
+{
+    struct backend *b = of(exec);
+    enum lr_status status = LR_OK;
+    if (b->stopped == LR_OK)
+        lr_cuda_note(exec, poll(b, query, &status, err), b->last_slot);
+    else
+        status = lr_fail(err, b->stopped, "%s", b->stopped_why.message);
+    return report(b, status, err);
+}
+
+enum lr_status lr_cuda_drain(const struct lr_exec *exec, struct lr_error *err)
+{
+    const cudaStream_t stream = of(exec)->stream;
+    return wait_and_report(
+        exec, [stream] { return cudaStreamQuery(stream); }, err);
+}
+
+void lr_cuda_fetch(const struct lr_exec *exec, const void *from, size_t size_bytes)
+{
+    struct backend *b = of(exec);
+    lr_cuda_note(exec, cudaMemcpyAsync(b->fetched, from, size_bytes, cudaMemcpyDeviceToHost, b->stream), "fetch");
+    lr_cuda_note(exec, cudaEventRecord(b->fetch_done, b->stream), "fetch");
+}
+
+enum lr_status
+lr_cuda_fetched(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes, struct lr_error *err)
+{
+    (void)from;
+    const cudaEvent_t done = of(exec)->fetch_done;
+    LR_TRY(wait_and_report(
+        exec, [done] { return cudaEventQuery(done); }, err));
+    memcpy(to, of(exec)->fetched, size_bytes);
+    return LR_OK;
+}
+
+void lr_cuda_forget_unit(const struct lr_exec *exec)
+{
+    struct backend *b = of(exec);
+    if (b->unit != nullptr)
+        lr_cuda_note(exec, cudaGraphExecDestroy(b->unit), "forget_unit");
+    b->unit = nullptr;
 }

@@ -32,6 +32,15 @@ void lr_kernels_cuda_close(struct lr_exec *exec);
 typedef enum lr_status lr_cuda_idle(void *context, struct lr_error *err);
 void lr_cuda_set_idle(struct lr_exec *exec, lr_cuda_idle *idle, void *context);
 
+/* From device memory to host memory of memory.reserve_host, without a copy in between, after everything launched before.
+ * Blocks. Reports as memory.download. */
+LR_MUST_USE enum lr_status
+lr_cuda_move_down(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes, struct lr_error *err);
+
+/* Gives back what is kept of the last unit (unit_begin, unit_end), before what it holds of others is closed: NCCL's steps
+ * in it. */
+void lr_cuda_forget_unit(const struct lr_exec *exec);
+
 /* "NVIDIA H100 80GB HBM3", of the opened device. */
 const char *lr_cuda_device_name(const struct lr_exec *exec);
 

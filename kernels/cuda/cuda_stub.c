@@ -31,6 +31,21 @@ void lr_cuda_set_idle(struct lr_exec *exec, lr_cuda_idle *idle, void *context)
     (void)context;
 }
 
+enum lr_status
+lr_cuda_move_down(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes, struct lr_error *err)
+{
+    (void)exec;
+    (void)to;
+    (void)from;
+    (void)size_bytes;
+    return lr_fail(err, LR_UNSUPPORTED, "this build has no CUDA backend");
+}
+
+void lr_cuda_forget_unit(const struct lr_exec *exec)
+{
+    (void)exec;
+}
+
 const char *lr_cuda_device_name(const struct lr_exec *exec)
 {
     (void)exec;

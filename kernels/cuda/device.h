@@ -41,6 +41,11 @@ void lr_cuda_await(const struct lr_exec *exec, enum lr_lane lane, int mark);
 enum { LR_CUDA_LANDING_BYTES = 8 << 20 };
 void *lr_cuda_landing(const struct lr_exec *exec);
 
+/* memory.fetch and memory.fetched. */
+void lr_cuda_fetch(const struct lr_exec *exec, const void *from, size_t size_bytes);
+LR_MUST_USE enum lr_status
+lr_cuda_fetched(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes, struct lr_error *err);
+
 #ifdef __cplusplus
 }
 #endif

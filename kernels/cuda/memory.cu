@@ -5,6 +5,7 @@
  *   download   device --bus--> landing (pinned, two halves) --memcpy--> host */
 #include "base/memory.h"
 #include "kernels/cuda/backend.h"
+#include "kernels/cuda/cuda.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/rows.cuh"
 
@@ -194,6 +195,15 @@ void copy_rows(const struct lr_exec *exec,
 
 } // namespace
 
+/* What was launched before is waited for first, as in a download. */
+enum lr_status
+lr_cuda_move_down(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes, struct lr_error *err)
+{
+    LR_TRY(lr_cuda_drain(exec, err));
+    lr_cuda_note(exec, cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDeviceToHost, lr::stream_of(exec)), "move_down");
+    return lr_cuda_drain(exec, err);
+}
+
 const struct lr_memory_ops lr_cuda_memory = {
-    reserve, release, available, reserve_host,  release_host, lr_memory_available, copy,         copy_rows,
-    zero,    upload,  download,  lr_cuda_drain, copy_aside,   lr_cuda_mark,        lr_cuda_await};
+    reserve, release, available, reserve_host,  release_host,  lr_memory_available, copy,       copy_rows,    zero,
+    upload,  download, lr_cuda_drain, lr_cuda_fetch, lr_cuda_fetched, copy_aside, lr_cuda_mark, lr_cuda_await};

@@ -16,6 +16,10 @@ struct area {
     void (*put)(void *to, const void *from, size_t size_bytes);
     void (*get)(void *to, const void *from, size_t size_bytes);
 
+    /* What is launched between the two is captured and started at once by the second. NULL where nothing is. */
+    void (*unit_begin)(void);
+    void (*unit_end)(void);
+
     struct lr_link_memory links;
 };
 

@@ -62,6 +62,23 @@ static void cuda_get(void *to, const void *from, size_t size_bytes)
     wait_or_end();
 }
 
+static void cuda_unit_begin(void)
+{
+    must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+}
+
+static void cuda_unit_end(void)
+{
+    cudaGraph_t graph;
+    cudaGraphExec_t unit;
+    must(cudaStreamEndCapture(stream, &graph), "capture");
+    must(cudaGraphInstantiate(&unit, graph, 0), "graph");
+    must(cudaGraphLaunch(unit, stream), "graph");
+    wait_or_end();
+    must(cudaGraphExecDestroy(unit), "graph");
+    must(cudaGraphDestroy(graph), "graph");
+}
+
 static void cuda_copy(void *context, void *to, const void *from, size_t size_bytes)
 {
     (void)context;
@@ -102,6 +119,8 @@ const struct area *area_cuda(int index, struct lr_comm *links)
         .release = cuda_release,
         .put = cuda_put,
         .get = cuda_get,
+        .unit_begin = cuda_unit_begin,
+        .unit_end = cuda_unit_end,
         .links =
             {
                 .copy = cuda_copy,

@@ -333,6 +333,36 @@ static void check_sum(size_t n_values)
     release_buffer(buffer, size_bytes, "sum_i64");
 }
 
+/* Steps that are parts of a unit: a gather and an all-to-all side by side, and what was gathered passed on. */
+static void check_unit(void)
+{
+    struct lr_error err;
+    struct started gather, exchange;
+    unsigned char *passed;
+    if (!area->unit_begin || !lr_links_capture(comm))
+        return;
+    prepare_gather(&gather, -1, 0);
+    prepare_all_to_all(&exchange, -1, 0);
+    size_t all_bytes = total_of(gather.recv_sizes);
+    passed = take_buffer(all_bytes);
+    must(lr_links_unit_begin(comm, &err), "unit_begin", &err);
+    area->unit_begin();
+    must(start(&gather, &err), "a gather in a unit", &err);
+    must(start(&exchange, &err), "an all-to-all in a unit", &err);
+    must(lr_comm_wait(comm, &gather.request, &err), "wait in a unit", &err);
+    must(lr_comm_pass(comm, label_of("pass in a unit"), 0, gather.received, comm->size - 1, passed, all_bytes, &err),
+         "pass in a unit", &err);
+    must(lr_comm_wait(comm, &exchange.request, &err), "wait in a unit", &err);
+    area->unit_end();
+    must(lr_links_unit_end(comm, &err), "unit_end", &err);
+    const unsigned char *at = passed;
+    for (int r = 0; comm->rank == comm->size - 1 && r < comm->size; at += gather.recv_sizes[r], r++)
+        check(at, gather.recv_sizes[r], gather.step, r, ANYONE, "pass in a unit");
+    check_received(&gather);
+    check_received(&exchange);
+    release_buffer(passed, all_bytes, "pass in a unit");
+}
+
 static void check_untouched(const unsigned char *data, size_t size_bytes)
 {
     unsigned char *found = host_memory(size_bytes);
@@ -583,5 +613,7 @@ void collectives_check(void)
     check_order(0);
     check_order(1);
     check_full();
+    for (int turn = 0; turn < 20; turn++)
+        check_unit();
     check_world();
 }

@@ -2,9 +2,10 @@
  * of things, not for speed. Linked in the place of the real ones.
  *
  *   stream   a queue of commands; nothing is done before somebody asks for progress, and then a few commands of a
- * stream drawn at random: who forgets to wait for an event finds wrong bytes launch   a group gets onto its stream only
- * after NCCL was asked a few times: who touches the stream before is out of order NCCL     messages of MPI. One whose
- * size is not what the other side expects is never met, so that the stream hangs.
+ *            stream drawn at random: who forgets to wait for an event finds wrong bytes
+ *   start    is done after NCCL was asked a few times; the communicator of the steps is split off
+ *   launch   the first of a kind waits until all workers have come to it, as NCCL's connections do, or for an abort
+ *   NCCL     messages of MPI. One whose size is not what the other side expects is never met, so that the stream hangs
  *
  * Every process has a device of its own. Device memory is the host's. */
 #include <cuda_runtime_api.h>
@@ -62,8 +63,9 @@ struct ncclComm {
     MPI_Comm world;
     int rank, size;
     atomic_int aborted;
-    int asks_left; /* of the launch that is under way */
-    struct group *launching;
+    int asks_left; /* until the start, or the split, is done */
+    struct ncclComm **child, *split;
+    bool blocking, connected[4]; /* by kind of message */
 };
 
 static struct CUstream_st *streams[MOST_STREAMS];
@@ -271,6 +273,60 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
     return cudaSuccess;
 }
 
+/* A captured stream goes on as it is: what a graph would start at its launch has begun before. */
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode)
+{
+    (void)stream;
+    return mode == cudaStreamCaptureModeThreadLocal ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
+{
+    (void)stream;
+    *graph = NULL;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *unit, cudaGraph_t graph, unsigned long long flags)
+{
+    (void)graph;
+    (void)flags;
+    *unit = NULL;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t unit, cudaStream_t stream)
+{
+    (void)unit;
+    (void)stream;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t unit)
+{
+    (void)unit;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph)
+{
+    (void)graph;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError(void)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to)
+{
+    (void)from;
+    (void)to;
+    *ms = 0.0f;
+    return cudaSuccess;
+}
+
 cudaError_t cudaEventQuery(cudaEvent_t event)
 {
     progress();
@@ -351,22 +407,41 @@ const char *ncclGetLastError(ncclComm_t comm)
     return "";
 }
 
+static struct ncclComm *make_comm(int size, int rank, bool blocking)
+{
+    struct ncclComm *made = calloc(1, sizeof *made);
+    if (!made)
+        abort();
+    made->rank = rank;
+    made->size = size;
+    made->blocking = blocking;
+    made->asks_left = 3;
+    int started;
+    MPI_Initialized(&started);
+    if (started)
+        MPI_Comm_dup(MPI_COMM_WORLD, &made->world);
+    return made;
+}
+
 ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int size, ncclUniqueId id, int rank, ncclConfig_t *config)
 {
     if (id.internal[0] != 7 || config->blocking != 0)
         return ncclInvalidArgument;
-    nccl = *comm = calloc(1, sizeof **comm);
-    if (!*comm)
-        return ncclSystemError;
-    nccl->rank = rank;
-    nccl->size = size;
+    *comm = make_comm(size, rank, false);
     dice += (uint64_t)rank * 7919;
-    int started;
-    MPI_Initialized(&started);
-    if (started)
-        MPI_Comm_dup(MPI_COMM_WORLD, &nccl->world);
-    nccl->asks_left = 3;
     return ncclInProgress;
+}
+
+ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t *child, ncclConfig_t *config)
+{
+    if (color != 0 || key != comm->rank || config->blocking != 1 || comm->asks_left > 0)
+        return ncclInvalidArgument;
+    *child = NULL;
+    comm->child = child;
+    comm->split = make_comm(comm->size, comm->rank, true);
+    comm->split->asks_left = 0;
+    comm->asks_left = 3;
+    return ncclSuccess; /* as NCCL 2.28 says it, though it has only begun */
 }
 
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *state)
@@ -375,24 +450,24 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *state)
     *state = ncclInProgress;
     if (comm->asks_left > 0 && --comm->asks_left > 0)
         return ncclSuccess;
-    if (comm->launching) {
-        append(comm->launching->stream, (struct command){.kind = GROUP, .group = comm->launching});
-        comm->launching = NULL;
-    }
+    if (comm->split)
+        nccl = *comm->child = comm->split;
+    comm->split = NULL;
     *state = ncclSuccess;
     return ncclSuccess;
 }
 
+/* What runs ends; the memory stays, because the other thread may still look at it. */
 ncclResult_t ncclCommAbort(ncclComm_t comm)
 {
-    atomic_store(&comm->aborted, 1);
+    if (comm)
+        atomic_store(&comm->aborted, 1);
     return ncclSuccess;
 }
 
 ncclResult_t ncclCommFinalize(ncclComm_t comm)
 {
-    comm->asks_left = 3;
-    return ncclInProgress;
+    return comm->blocking ? ncclSuccess : ncclInvalidUsage;
 }
 
 ncclResult_t ncclCommDestroy(ncclComm_t comm)
@@ -430,18 +505,34 @@ ncclResult_t ncclGroupStart(void)
     return ncclSuccess;
 }
 
+/* The first collective of a kind; sends and receives were connected by the first exchange. */
+static bool connect_all(struct group *group)
+{
+    int kind = group->n > 0 ? group->messages[0].tag / MOST_TAG : 0, done = 0;
+    if (kind == 0 || nccl->connected[kind])
+        return true;
+    MPI_Request all;
+    MPI_Ibarrier(nccl->world, &all);
+    while (!done && !atomic_load(&nccl->aborted)) {
+        progress();
+        MPI_Test(&all, &done, MPI_STATUS_IGNORE);
+    }
+    nccl->connected[kind] = true;
+    return done;
+}
+
 ncclResult_t ncclGroupEnd(void)
 {
     if (--group_depth > 0 || !open_group)
         return ncclSuccess;
-    if (nccl->launching || nccl->asks_left > 0) {
-        fprintf(stderr, "pretended NCCL: a launch before the last one was done\n");
-        abort();
-    }
-    nccl->launching = open_group;
+    struct group *group = open_group;
     open_group = NULL;
-    nccl->asks_left = 1 + (int)(throw_dice() % 5);
-    return ncclInProgress;
+    if (!connect_all(group)) {
+        free(group);
+        return ncclSystemError;
+    }
+    append(group->stream, (struct command){.kind = GROUP, .group = group});
+    return ncclSuccess;
 }
 
 ncclResult_t ncclSend(const void *data, size_t n, ncclDataType_t type, int peer, ncclComm_t comm, cudaStream_t stream)

@@ -1,5 +1,5 @@
-/* Attention of a document's segment: storing KV, then full attention over the ring or sparse
- * attention over fetched blocks. See attention.c for the whole picture. */
+/* Attention of a document's segment: storing KV, then full attention (attention_ring.c) or sparse attention over fetched
+ * blocks. See attention.c for the whole picture. */
 #include "worker/kv_tier.h"
 #include "worker/layers/attention_impl.h"
 #include "worker/plan.h"
@@ -77,130 +77,6 @@ static enum lr_status store_kv(struct lr_step *step, int64_t layer, const struct
     if (n > 0)
         summarize_blocks(step, layer, start / LR_BLOCK, start + n, means);
     return means ? share_means(step, layer, means, err) : LR_OK;
-}
-
-/* ---- document: full attention
- * ------------------------------------------------------------------------------------- */
-
-/* KV row `row`: one segment per worker. Bytes that worker r has of it. */
-static void row_sizes(const struct lr_step *step, int64_t row, size_t *sizes)
-{
-    const struct lr_session *session = step->session;
-    for (int r = 0; r < session->engine->comm->size; r++) {
-        int64_t tokens = row < step->wave->index ? step->wave->segment : lr_wave_length(step->wave, r);
-        sizes[r] = (size_t)lr_ceil_div(tokens, LR_BLOCK) * session->block_bytes;
-    }
-}
-
-/* My slab of a row is being read until the request has been waited for. */
-static enum lr_status start_row(const struct lr_step *step,
-                                int64_t layer,
-                                int64_t row,
-                                char *buffer,
-                                size_t *sizes,
-                                struct lr_comm_request *request,
-                                struct lr_error *err)
-{
-    struct lr_session *session = step->session;
-    struct lr_comm *comm = session->engine->links;
-    row_sizes(step, row, sizes);
-    const char *mine = NULL;
-    if (row < step->wave->index)
-        mine = lr_kv_enter(session, layer, row, step->wave->index);
-    else if (sizes[comm->rank])
-        mine = lr_kv_own(step, layer);
-    return lr_comm_all_gather_v_start(comm, "kv row", mine, sizes, buffer, request, err);
-}
-
-/* The blocks of one gathered row that my queries may see. */
-static int64_t row_refs(const struct lr_step *step, int64_t row, const char *buffer, struct lr_kv_ref *refs)
-{
-    const struct lr_session *session = step->session;
-    int64_t first = row * session->engine->comm->size * step->wave->segment;
-    int64_t end = row < step->wave->index ? first + session->engine->comm->size * step->wave->segment : step->wave->end;
-    int64_t mine_end = lr_wave_start(step->wave, session->engine->comm->rank) + step->n_rows;
-    int64_t n = 0;
-    for (int64_t position = first; position < lr_min_i64(end, mine_end); position += LR_BLOCK, n++)
-        refs[n] = (struct lr_kv_ref){.data = buffer + (size_t)n * session->block_bytes,
-                                     .position = position,
-                                     .n_keys = (int32_t)lr_min_i64(end - position, LR_BLOCK)};
-    return n;
-}
-
-static enum lr_status
-attend_full_ring(struct lr_step *step, int64_t layer, struct lr_attention_args *args, struct lr_error *err)
-{
-    struct lr_session *session = step->session;
-    struct lr_engine *engine = session->engine;
-    struct lr_comm *links = engine->links;
-    int64_t row_blocks = lr_min_i64(links->size * lr_blocks_per_segment(session),
-                                    lr_ceil_div(session->options.max_tokens, LR_BLOCK));
-    char *buffers[2];
-    size_t *sizes[2];
-    struct lr_comm_request requests[2] = {0};
-    for (int i = 0; i < 2; i++) {
-        buffers[i] = LR_STEP_TENSOR(session, char, (size_t)row_blocks * session->block_bytes);
-        sizes[i] = LR_STEP_TABLE(session, size_t, links->size);
-    }
-    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, row_blocks);
-    lr_act *y = args->y;
-    LR_TRY(start_row(step, layer, 0, buffers[0], sizes[0], &requests[0], err));
-    for (int64_t row = 0; row <= step->wave->index; row++) {
-        int now = (int)(row & 1), next = 1 - now;
-        LR_TRY(lr_comm_wait(links, &requests[now], err));
-        lr_kv_leave(session);
-        if (row < step->wave->index)
-            LR_TRY(start_row(step, layer, row + 1, buffers[next], sizes[next], &requests[next], err));
-        if (step->n_rows == 0)
-            continue;
-        /* the last row holds my own segment, so there is something to fold in every row */
-        struct lr_kv_list list = {.refs = refs, .n_refs = row_refs(step, row, buffers[now], refs)};
-        args->lists = &list;
-        args->first = row == 0;
-        args->y = row == step->wave->index ? y : NULL;
-        engine->ops->attention(&engine->exec, args);
-    }
-    return LR_OK;
-}
-
-/* Folds the n blocks from `data` on, whose first is the document's block `block`, with what went before. */
-static void
-fold_blocks(const struct lr_step *step, struct lr_attention_args *args, const char *data, int64_t block, int64_t n)
-{
-    struct lr_session *session = step->session;
-    const struct lr_engine *engine = session->engine;
-    struct lr_step_mark mark = lr_step_mark(session);
-    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n);
-    for (int64_t i = 0; i < n; i++)
-        refs[i] = (struct lr_kv_ref){.data = data + (size_t)i * session->block_bytes,
-                                     .position = (block + i) * LR_BLOCK,
-                                     .n_keys = (int32_t)lr_min_i64(step->wave->end - (block + i) * LR_BLOCK, LR_BLOCK)};
-    struct lr_kv_list list = {.refs = refs, .n_refs = n};
-    args->lists = &list;
-    engine->ops->attention(&engine->exec, args);
-    args->first = 0;
-    lr_step_rewind(session, mark); /* lists are copied before a slot returns */
-}
-
-/* One worker: the resident blocks are folded in one call, the host's slab by slab, the wave's own segment at last. */
-static void attend_full_alone(struct lr_step *step, int64_t layer, struct lr_attention_args *args)
-{
-    struct lr_session *session = step->session;
-    const struct lr_kv_tier *tier = &session->tier;
-    lr_act *y = args->y;
-    int64_t n_blocks = lr_ceil_div(step->wave->end, LR_BLOCK), resident = lr_min_i64(n_blocks, tier->resident_blocks);
-    args->y = n_blocks == resident ? y : NULL;
-    if (resident > 0)
-        fold_blocks(step, args, lr_session_block(session, layer, 0), 0, resident);
-    for (int64_t slab = tier->resident_slabs; slab < step->wave->index; slab++) {
-        const char *data = lr_kv_enter(session, layer, slab, step->wave->index);
-        fold_blocks(step, args, data, slab * tier->slab_blocks, tier->slab_blocks);
-        lr_kv_leave(session);
-    }
-    args->y = y;
-    int64_t own = step->wave->first / LR_BLOCK;
-    if (n_blocks > resident)
-        fold_blocks(step, args, lr_kv_own(step, layer), own, n_blocks - own);
 }
 
 /* ---- document: sparse attention
@@ -630,10 +506,7 @@ enum lr_status lr_attend_document(
     count_pairs(step);
     if (session->options.attention == LR_ATTENTION_SPARSE)
         return attend_sparse(step, layer, p, &args, err);
-    if (session->engine->comm->size > 1)
-        return attend_full_ring(step, layer, &args, err);
-    attend_full_alone(step, layer, &args);
-    return LR_OK;
+    return lr_attend_full(step, layer, &args, err);
 }
 
 /* Blocks that one worker may receive and may send at once. */
@@ -689,19 +562,17 @@ struct lr_step_bytes lr_attend_document_bytes(const struct lr_model_dims *dims,
                                 .head_dim = dims->head_dim,
                                 .dtype = options->kv_dtype};
     size_t block = ops->kv_block_bytes(shape);
-    int64_t own = options->segment_tokens / LR_BLOCK, all = lr_ceil_div(options->max_tokens, LR_BLOCK);
+    int64_t own = options->segment_tokens / LR_BLOCK;
     struct lr_step_bytes bytes = store_bytes(dims, n_workers, own);
     bytes.tensors += lr_softmax_bytes(dims, options->segment_tokens);
     if (options->attention == LR_ATTENTION_SPARSE) {
         struct lr_step_bytes sparse = sparse_bytes(dims, block, n_workers, options);
         bytes.tensors += sparse.tensors;
         bytes.tables += sparse.tables;
-    } else if (n_workers > 1) {
-        int64_t row = lr_min_i64(n_workers * own, all);
-        bytes.tensors += 2 * lr_tensor_bytes(row, block);
-        bytes.tables += lr_tensor_bytes(row, sizeof(struct lr_kv_ref)) + 2 * lr_tensor_bytes(n_workers, sizeof(size_t));
     } else {
-        bytes.tables += lr_tensor_bytes(all, sizeof(struct lr_kv_ref));
+        struct lr_step_bytes full = lr_attend_full_bytes(dims, ops, n_workers, options);
+        bytes.tensors += full.tensors;
+        bytes.tables += full.tables;
     }
     return bytes;
 }

@@ -1,6 +1,6 @@
 /* Shared by the files of the attention mixer: attention.c (projections, the layer's table),
- * attention_document.c (ring and sparse attention of a document), attention_forks.c (questions and
- * answers), attention_pages.c (selection of pages for decoding). */
+ * attention_document.c (a document's KV, and sparse attention), attention_ring.c (full attention), attention_forks.c
+ * (questions and answers), attention_pages.c (selection of pages for decoding). */
 #ifndef LR_WORKER_LAYERS_ATTENTION_IMPL_H
 #define LR_WORKER_LAYERS_ATTENTION_IMPL_H
 
@@ -45,6 +45,14 @@ struct lr_step_bytes lr_attend_document_bytes(const struct lr_model_dims *dims,
                                               const struct lr_kernel_ops *ops,
                                               int n_workers,
                                               const struct lr_session_options *options);
+
+/* Full attention of the segment, whose KV is stored; `args` as lr_attention_call made them, with y. Collective. */
+LR_MUST_USE enum lr_status
+lr_attend_full(struct lr_step *step, int64_t layer, struct lr_attention_args *args, struct lr_error *err);
+struct lr_step_bytes lr_attend_full_bytes(const struct lr_model_dims *dims,
+                                          const struct lr_kernel_ops *ops,
+                                          int n_workers,
+                                          const struct lr_session_options *options);
 
 /* Stores the forks' KV and attends: y [n_rows, n_heads * head_dim]. Collective. */
 LR_MUST_USE enum lr_status

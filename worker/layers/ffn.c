@@ -4,9 +4,9 @@
  * Experts may be divided over the workers. For a document, every worker routes the tokens of its
  * segment: they travel to the experts' owners, sorted by expert, and every expert's result comes
  * home, where the token's owner sums them in ascending expert id (an owner of several experts never
- * adds them up: the sum would depend on the number of workers). The shared expert is computed while
- * tokens travel. For forks the rows are everywhere: each worker computes its own experts' rows and
- * the results are gathered. */
+ * adds them up: the sum would depend on the number of workers). The shared expert is computed while the host learns how
+ * many rows go where, and the worker's own rows while the others travel. For forks the rows are everywhere: each worker
+ * computes its own experts' rows and the results are gathered. */
 #include "worker/session_impl.h"
 
 /* A dispatch round is cut so that the rows a worker may receive at the worst stay below this. A device has memory to
@@ -24,7 +24,8 @@ struct routing {
 
 /* Tokens per dispatch round: a function of the model, the backend and the number of workers. The bytes of the results
  * do not depend on it. */
-static int64_t round_rows(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int n_workers, int64_t n_rows)
+static int64_t
+round_rows(const struct lr_model_dims *dims, const struct lr_kernel_ops *ops, int n_workers, int64_t n_rows)
 {
     int64_t row_bytes = dims->top_k * (dims->d * 2 + dims->expert_ffn) * (int64_t)lr_act_bytes(ops);
     int64_t budget = ops->host_memory ? ROUND_BUDGET_BYTES : DEVICE_ROUND_BUDGET_BYTES;
@@ -80,13 +81,8 @@ static struct routing route(struct lr_step *step, const struct lr_layer *layer, 
                               .order = LR_STEP_TENSOR(session, int64_t, n * k),
                               .row_of = LR_STEP_TENSOR(session, int64_t, n * k)};
     float *logits = LR_STEP_TENSOR(session, float, n *experts);
-    struct lr_gemm_args gemm = {.a = h,
-                                .a_stride = dims->d,
-                                .w = &layer->ffn.router,
-                                .y = logits,
-                                .y_stride = experts,
-                                .n_rows = n,
-                                .wide = 1};
+    struct lr_gemm_args gemm = {
+        .a = h, .a_stride = dims->d, .w = &layer->ffn.router, .y = logits, .y_stride = experts, .n_rows = n, .wide = 1};
     engine->ops->gemm(&engine->exec, &gemm);
     struct lr_router_args router = {.logits = logits,
                                     .n_rows = n,
@@ -134,8 +130,7 @@ static void run_experts(struct lr_step *step,
     engine->ops->experts(&engine->exec, &args);
 }
 
-static void gather(
-    const struct lr_step *step, const lr_act *x, const int64_t *rows, int64_t n_rows, lr_act *y)
+static void gather(const struct lr_step *step, const lr_act *x, const int64_t *rows, int64_t n_rows, lr_act *y)
 {
     const struct lr_engine *engine = step->session->engine;
     engine->ops->gather_rows(&engine->exec, x, (size_t)engine->model.dims.d * lr_act_bytes(engine->ops), rows, n_rows,
@@ -212,16 +207,26 @@ static enum lr_status local_experts(struct lr_step *step, const struct lr_layer 
 /* ---- experts on other workers
  * ------------------------------------------------------------------------------------- */
 
-/* The rows of each expert as the host sees them. */
+static size_t offsets_bytes(const struct lr_engine *engine)
+{
+    return (size_t)(engine->model.dims.n_experts + 1) * sizeof(int64_t);
+}
+
+static void fetch_offsets(const struct lr_step *step, const struct routing *routing)
+{
+    const struct lr_engine *engine = step->session->engine;
+    engine->ops->memory.fetch(&engine->exec, routing->offsets, offsets_bytes(engine));
+}
+
+/* The rows of each expert, from the offsets that were asked for with memory.fetch. */
 static enum lr_status
 count_rows(struct lr_step *step, const struct routing *routing, const int64_t **counts, struct lr_error *err)
 {
     struct lr_session *session = step->session;
-    int64_t experts = session->engine->model.dims.n_experts;
-    const void *view;
-    LR_TRY(lr_step_view(session, routing->offsets, (size_t)(experts + 1) * sizeof *routing->offsets, &view, err));
-    const int64_t *offsets = view;
-    int64_t *made = LR_STEP_TABLE(session, int64_t, experts);
+    const struct lr_engine *engine = session->engine;
+    int64_t experts = engine->model.dims.n_experts;
+    int64_t *offsets = LR_STEP_TABLE(session, int64_t, experts + 1), *made = LR_STEP_TABLE(session, int64_t, experts);
+    LR_TRY(engine->ops->memory.fetched(&engine->exec, offsets, routing->offsets, offsets_bytes(engine), err));
     for (int64_t e = 0; e < experts; e++)
         made[e] = offsets[e + 1] - offsets[e];
     *counts = made;
@@ -245,45 +250,71 @@ exchange_counts(struct lr_step *step, const int64_t *counts, int64_t *received, 
     return lr_comm_all_to_all_v(comm, "expert counts", counts, send, received, receive, err);
 }
 
-/* Received rows stand by (source, expert). */
-struct sorting {
-    int64_t *permutation; /* permutation[i] is the received row that is i-th by (expert, source) */
-    int64_t *inverse;
-    int64_t *offsets; /* [n_local + 1] */
+/* A round of tokens on their way to the experts and back. Rows lie packed by worker in both buffers, and within a
+ * worker's by expert, so that each worker's rows go through the experts as they came. */
+struct dispatch {
+    const int64_t *counts;  /* [n_experts] rows that this worker has for each expert */
+    int64_t *received;      /* [n_workers][n_local] rows that each worker has for each of my experts */
+    size_t *send, *receive; /* [n_workers] bytes */
+    int64_t *offsets;       /* [n_workers][n_local + 1] in backend memory */
+    int64_t n_local, n_received;
 };
 
-/* Makes the sorting on the host and puts it into the backend's memory. */
-static struct sorting sort_by_expert(struct lr_step *step, const int64_t *received, int64_t n_local, int64_t n_rows)
+static enum lr_status
+plan_dispatch(struct lr_step *step, const struct routing *routing, struct dispatch *dispatch, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
-    int n_sources = engine->comm->size;
-    int64_t *first_of = LR_STEP_TABLE(session, int64_t, n_sources * n_local + 1);
-    int64_t *permutation = LR_STEP_TABLE(session, int64_t, n_rows), *inverse = LR_STEP_TABLE(session, int64_t, n_rows);
-    int64_t *offsets = LR_STEP_TABLE(session, int64_t, n_local + 1);
-    int64_t first = 0;
-    for (int64_t i = 0; i < n_sources * n_local; i++) {
-        first_of[i] = first;
-        first += received[i];
+    const struct lr_model_dims *dims = &engine->model.dims;
+    int n_workers = engine->links->size;
+    size_t row_bytes = (size_t)dims->d * lr_act_bytes(engine->ops);
+    int64_t n_local = lr_expert_range_of(dims->n_experts, engine->links->rank, n_workers, 0).count;
+    *dispatch = (struct dispatch){.received = LR_STEP_TABLE(session, int64_t, n_workers * lr_max_i64(n_local, 1)),
+                                  .send = LR_STEP_TABLE(session, size_t, n_workers),
+                                  .receive = LR_STEP_TABLE(session, size_t, n_workers),
+                                  .offsets = LR_STEP_TENSOR(session, int64_t, n_workers * (n_local + 1)),
+                                  .n_local = n_local};
+    LR_TRY(count_rows(step, routing, &dispatch->counts, err));
+    LR_TRY(exchange_counts(step, dispatch->counts, dispatch->received, err));
+    int64_t *offsets = LR_STEP_TABLE(session, int64_t, n_workers * (n_local + 1));
+    for (int r = 0; r < n_workers; r++) {
+        struct lr_expert_range range = lr_expert_range_of(dims->n_experts, r, n_workers, 0);
+        int64_t sent = 0, *rows = offsets + r * (n_local + 1);
+        for (int64_t e = 0; e < range.count; e++)
+            sent += dispatch->counts[range.first + e];
+        rows[0] = 0;
+        for (int64_t e = 0; e < n_local; e++)
+            rows[e + 1] = rows[e] + dispatch->received[r * n_local + e];
+        dispatch->send[r] = (size_t)sent * row_bytes;
+        dispatch->receive[r] = (size_t)rows[n_local] * row_bytes;
+        dispatch->n_received += rows[n_local];
     }
-    int64_t next = 0;
-    for (int64_t e = 0; e < n_local; e++) {
-        offsets[e] = next;
-        for (int64_t from = e; from < n_sources * n_local; from += n_local)
-            for (int64_t i = 0; i < received[from]; i++) {
-                permutation[next] = first_of[from] + i;
-                inverse[first_of[from] + i] = next++;
-            }
-    }
-    offsets[n_local] = next;
-    struct sorting sorting = {.permutation = LR_STEP_TENSOR(session, int64_t, n_rows),
-                              .inverse = LR_STEP_TENSOR(session, int64_t, n_rows),
-                              .offsets = LR_STEP_TENSOR(session, int64_t, n_local + 1)};
-    const struct lr_memory_ops *memory = &engine->ops->memory;
-    memory->upload(&engine->exec, sorting.permutation, permutation, (size_t)n_rows * sizeof *permutation);
-    memory->upload(&engine->exec, sorting.inverse, inverse, (size_t)n_rows * sizeof *inverse);
-    memory->upload(&engine->exec, sorting.offsets, offsets, (size_t)(n_local + 1) * sizeof *offsets);
-    return sorting;
+    engine->ops->memory.upload(&engine->exec, dispatch->offsets, offsets,
+                               (size_t)(n_workers * (n_local + 1)) * sizeof *offsets);
+    return LR_OK;
+}
+
+/* What came from one worker through my experts, from x to y. */
+static void run_received(struct lr_step *step,
+                         const struct lr_layer *layer,
+                         const struct dispatch *dispatch,
+                         int worker,
+                         const lr_act *x,
+                         lr_act *y)
+{
+    const struct lr_engine *engine = step->session->engine;
+    int64_t row_bytes = engine->model.dims.d * (int64_t)lr_act_bytes(engine->ops);
+    run_experts(step, layer, x, dispatch->offsets + worker * (dispatch->n_local + 1), dispatch->n_local,
+                (int64_t)dispatch->receive[worker] / row_bytes, y);
+}
+
+/* A place in packed rows: where those of `worker` begin. */
+static lr_act *rows_of(const lr_act *rows, const size_t *sizes, int worker)
+{
+    char *at = (char *)rows;
+    for (int r = 0; r < worker; r++)
+        at += sizes[r];
+    return at;
 }
 
 static enum lr_status
@@ -294,41 +325,28 @@ dispatch_round(struct lr_step *step, const struct lr_layer *layer, int64_t first
     struct lr_comm *links = engine->links;
     const struct lr_model_dims *dims = &engine->model.dims;
     int64_t d = dims->d, rows = n * dims->top_k;
-    size_t row_bytes = (size_t)d * lr_act_bytes(engine->ops);
     const lr_act *h = lr_act_at(engine->ops, step->h, first_row * d);
-    int64_t n_local = lr_expert_range_of(dims->n_experts, links->rank, links->size, 0).count;
-
     struct routing routing = route(step, layer, h, n);
-    const int64_t *counts;
-    LR_TRY(count_rows(step, &routing, &counts, err));
-    int64_t *received = LR_STEP_TABLE(session, int64_t, links->size * lr_max_i64(n_local, 1));
-    LR_TRY(exchange_counts(step, counts, received, err));
-    size_t *send = LR_STEP_TABLE(session, size_t, links->size);
-    size_t *receive = LR_STEP_TABLE(session, size_t, links->size);
-    int64_t n_received = 0;
-    for (int r = 0; r < links->size; r++) {
-        struct lr_expert_range range = lr_expert_range_of(dims->n_experts, r, links->size, 0);
-        send[r] = receive[r] = 0;
-        for (int64_t e = 0; e < range.count; e++)
-            send[r] += (size_t)counts[range.first + e] * row_bytes;
-        for (int64_t e = 0; e < n_local; e++) {
-            receive[r] += (size_t)received[r * n_local + e] * row_bytes;
-            n_received += received[r * n_local + e];
-        }
-    }
-    lr_act *outgoing = lr_step_act(session, rows * d), *incoming = lr_step_act(session, n_received * d);
+    fetch_offsets(step, &routing);
+    lr_act *outgoing = lr_step_act(session, rows * d);
     gather(step, h, routing.order, rows, outgoing);
-    struct lr_comm_request request = {0};
-    LR_TRY(lr_comm_all_to_all_v_start(links, "tokens to experts", outgoing, send, incoming, receive, &request, err));
     struct shared_result shared = run_shared(step, layer, h, n);
-    struct sorting sorting = sort_by_expert(step, received, n_local, n_received);
-    LR_TRY(lr_comm_wait(links, &request, err));
 
-    lr_act *x = lr_step_act(session, n_received * d), *y = lr_step_act(session, n_received * d);
-    gather(step, incoming, sorting.permutation, n_received, x);
-    run_experts(step, layer, x, sorting.offsets, n_local, n_received, y);
-    gather(step, y, sorting.inverse, n_received, incoming);
-    LR_TRY(lr_comm_all_to_all_v(links, "results of experts", incoming, receive, outgoing, send, err));
+    struct dispatch dispatch;
+    LR_TRY(plan_dispatch(step, &routing, &dispatch, err));
+    lr_act *incoming = lr_step_act(session, dispatch.n_received * d),
+           *y = lr_step_act(session, dispatch.n_received * d);
+    struct lr_comm_request request = {0};
+    LR_TRY(lr_comm_all_to_all_v_start(links, "tokens to experts", outgoing, dispatch.send, incoming, dispatch.receive,
+                                      &request, err));
+    run_received(step, layer, &dispatch, links->rank, rows_of(outgoing, dispatch.send, links->rank),
+                 rows_of(y, dispatch.receive, links->rank));
+    LR_TRY(lr_comm_wait(links, &request, err));
+    for (int r = 0; r < links->size; r++)
+        if (r != links->rank)
+            run_received(step, layer, &dispatch, r, rows_of(incoming, dispatch.receive, r),
+                         rows_of(y, dispatch.receive, r));
+    LR_TRY(lr_comm_all_to_all_v(links, "results of experts", y, dispatch.receive, outgoing, dispatch.send, err));
     combine(step, first_row, n, &routing, outgoing, &shared);
     return LR_OK;
 }
@@ -366,6 +384,8 @@ enum lr_status lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer,
         return local_experts(step, layer);
     int64_t n = step->n_rows, rows = n * dims->top_k, d = dims->d;
     struct routing routing = route(step, layer, step->h, n);
+    fetch_offsets(step, &routing);
+    struct shared_result shared = run_shared(step, layer, step->h, n);
     const int64_t *counts;
     LR_TRY(count_rows(step, &routing, &counts, err));
     size_t *sizes = LR_STEP_TABLE(session, size_t, links->size);
@@ -385,10 +405,7 @@ enum lr_status lr_ffn_extend(struct lr_step *step, const struct lr_layer *layer,
     lr_act *my_y = lr_act_at(engine->ops, y, my_first * d);
     gather(step, step->h, routing.order + my_first, my_rows, x);
     run_experts(step, layer, x, routing.offsets + mine.first, mine.count, my_rows, my_y);
-    struct lr_comm_request request = {0};
-    LR_TRY(lr_comm_all_gather_v_start(links, "results of experts", my_y, sizes, y, &request, err));
-    struct shared_result shared = run_shared(step, layer, step->h, n);
-    LR_TRY(lr_comm_wait(links, &request, err));
+    LR_TRY(lr_comm_all_gather_v(links, "results of experts", my_y, sizes, y, err));
     combine(step, 0, n, &routing, y, &shared);
     return LR_OK;
 }
@@ -412,11 +429,11 @@ struct lr_step_bytes lr_ffn_bytes(
     size_t shared = 2 * lr_tensor_bytes(n * lr_max_i64(d, dims->shared_ffn), act) + lr_tensor_bytes(n, sizeof(float));
     size_t moving = 2 * lr_tensor_bytes(n * k * d, act) + lr_tensor_bytes(most * dims->expert_ffn, act);
     if (!replicated) {
-        moving += 3 * lr_tensor_bytes(most * d, act) + 2 * lr_tensor_bytes(most, sizeof(int64_t)) +
-                  lr_tensor_bytes(experts + 1, sizeof(int64_t));
-        bytes.tables = 2 * lr_tensor_bytes(experts + 1, sizeof(int64_t)) + 2 * lr_tensor_bytes(most, sizeof(int64_t)) +
-                       2 * lr_tensor_bytes(n_workers * (experts + 1), sizeof(int64_t)) +
-                       lr_tensor_bytes(experts + 1, sizeof(int64_t)) + 5 * lr_tensor_bytes(n_workers, sizeof(size_t));
+        int64_t offsets = experts + 2 * n_workers; /* of all workers' rows for my experts, at least */
+        moving += 2 * lr_tensor_bytes(most * d, act) + lr_tensor_bytes(offsets, sizeof(int64_t)) +
+                  (size_t)n_workers * LR_ARENA_ALIGN_BYTES; /* `hidden` is in a piece for each worker */
+        bytes.tables = 2 * lr_tensor_bytes(experts + 1, sizeof(int64_t)) +
+                       2 * lr_tensor_bytes(offsets, sizeof(int64_t)) + 5 * lr_tensor_bytes(n_workers, sizeof(size_t));
     }
     size_t mixture = routing + shared + moving;
     bytes.tensors = mixture > bytes.tensors ? mixture : bytes.tensors;
