@@ -293,6 +293,11 @@ int lr_cuda_multiprocessors(const struct lr_exec *exec)
     return of(exec)->n_multiprocessors;
 }
 
+void lr_cuda_pretend_multiprocessors(struct lr_exec *exec, int n)
+{
+    of(exec)->n_multiprocessors = n;
+}
+
 void lr_cuda_note(const struct lr_exec *exec, int error, const char *slot)
 {
     struct backend *b = of(exec);

@@ -14,6 +14,7 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/device.h"
+#include "tests/kernels/cuda/short.h"
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -262,6 +263,8 @@ static inline int check_main(const struct check_case *cases, int n_cases)
     }
     check.name = "open";
     check_ok(lr_cuda_device_open(0, &check.exec, &err), &err);
+    if (test_is_short())
+        lr_cuda_pretend_multiprocessors(&check.exec, SHORT_MULTIPROCESSORS);
     for (int i = 0; i < n_cases; i++) {
         check.name = cases[i].name;
         check.n_wrong = 0;
