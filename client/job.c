@@ -19,6 +19,7 @@ enum lr_status lr_job_open(struct lr_job *job,
     struct lr_engine_options engine = {.model_dir = options->model_dir,
                                        .device = options->device,
                                        .transport = options->transport,
+                                       .act = options->act,
                                        .isa = options->isa,
                                        .n_threads = options->n_threads,
                                        .spin_us = options->spin_us,
@@ -114,7 +115,7 @@ static struct lr_session_options session_options(struct lr_job *job, const struc
 {
     lr_job_choose_attention(job, document->n_ids);
     const struct lr_kernel_ops *ops = job->engine.ops;
-    int bf16 = job->options.kv_dtype == LR_KV_BF16 || (job->options.kv_dtype == LR_KV_AUTO && !ops->host_memory);
+    const enum lr_dtype kv_dtypes[] = {ops->act_dtype, LR_F32, LR_BF16, LR_F16}; /* of enum lr_kv_choice */
     return (struct lr_session_options){
         .segment_tokens = lr_job_segment_tokens(job),
         .attention = job->attention,
@@ -122,7 +123,7 @@ static struct lr_session_options session_options(struct lr_job *job, const struc
         .sinks = LR_SPARSE_SINKS,
         .top_k_blocks = job->attention == LR_ATTENTION_SPARSE ? job->options.top_k_blocks : 0,
         .decode_pages = job->options.decode_pages,
-        .kv_dtype = bf16 ? LR_BF16 : LR_F32,
+        .kv_dtype = kv_dtypes[job->options.kv_dtype],
         .max_tokens = document->n_ids,
         .max_forks = document->max_forks,
         .max_fork_tokens = document->max_fork_tokens};

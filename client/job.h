@@ -8,8 +8,8 @@
 
 enum lr_attention_choice { LR_CHOOSE_AUTO, LR_CHOOSE_FULL, LR_CHOOSE_SPARSE };
 
-/* auto: what the device keeps best, float32 on the CPU and bf16 on CUDA */
-enum lr_kv_choice { LR_KV_AUTO, LR_KV_F32, LR_KV_BF16 };
+/* auto: the type of the activations */
+enum lr_kv_choice { LR_KV_AUTO, LR_KV_F32, LR_KV_BF16, LR_KV_F16 };
 
 /* auto: full attention up to this many document tokens, sparse beyond. */
 enum { LR_AUTO_FULL_TOKENS = 131072 };
@@ -20,6 +20,7 @@ struct lr_job_options {
     int spin_us;
     enum lr_device device;
     enum lr_transport transport;
+    enum lr_act_choice act;
     enum lr_isa isa;
     enum lr_experts_placement experts;
     enum lr_attention_choice attention;

@@ -8,7 +8,8 @@
 static const char *const isa_choices[] = {"auto", "v4", "v3", "c", NULL};
 static const char *const attention_choices[] = {"auto", "full", "sparse", NULL};
 static const char *const experts_choices[] = {"auto", "sharded", "replicated", NULL};
-static const char *const kv_choices[] = {"auto", "f32", "bf16", NULL};
+static const char *const kv_choices[] = {"auto", "f32", "bf16", "f16", NULL};
+static const char *const act_choices[] = {"auto", "bf16", "f16", NULL};
 static const char *const device_choices[] = {"auto", "cpu", "cuda", NULL};
 static const char *const transport_choices[] = {"auto", "nccl", "mpi", NULL};
 
@@ -46,6 +47,12 @@ void lr_settings_options(struct lr_settings *s, int generates, struct lr_option 
          .out = &s->transport,
          .choices = transport_choices,
          .help = "between GPUs: nccl, mpi (through host memory) or auto: nccl where every worker has a GPU of its own"},
+        {.kind = LR_OPTION_CHOICE,
+         .name = "act-dtype",
+         .argument = "TYPE",
+         .out = &s->act,
+         .choices = act_choices,
+         .help = "activations and weights on GPUs: f16 (default: more digits) or bf16 (for values beyond 65504)"},
         {.kind = LR_OPTION_INTEGER,
          .name = "threads",
          .argument = "N",
@@ -98,7 +105,7 @@ void lr_settings_options(struct lr_settings *s, int generates, struct lr_option 
          .argument = "TYPE",
          .out = &s->kv_dtype,
          .choices = kv_choices,
-         .help = "f32, bf16 (half the memory for keys and values) or auto: f32 on the CPU, bf16 on GPUs"},
+         .help = "f32, bf16 (half the memory for keys and values) or auto: f32 on the CPU; on GPUs the type of the activations"},
         {.kind = LR_OPTION_INTEGER,
          .name = "segment-tokens",
          .argument = "N",
@@ -210,6 +217,7 @@ struct lr_job_options lr_settings_job(const struct lr_settings *s, const struct 
         .spin_us = crowded ? 0 : 50,
         .device = (enum lr_device)s->device,
         .transport = (enum lr_transport)s->transport,
+        .act = (enum lr_act_choice)s->act,
         .isa = isas[s->isa],
         .experts = placements[s->experts],
         .attention = attentions[s->attention],

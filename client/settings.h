@@ -13,7 +13,7 @@ struct lr_settings {
     int64_t workers; /* 0: not given */
     int64_t threads; /* a worker; 0: the cores divided */
     int64_t segment_tokens;
-    int device, transport, isa, attention, experts, kv_dtype; /* indices of their choices */
+    int device, transport, act, isa, attention, experts, kv_dtype; /* indices of their choices */
     int64_t top_k_blocks, decode_pages;
     double temperature, top_p;
     int64_t top_k, seed, max_new_tokens;

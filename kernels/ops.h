@@ -1,5 +1,5 @@
 /* The table of operations that every backend fills: `cpu` (float32 activations) and `cuda` (bf16
- * activations). The residual stream, recurrent states, softmax states, gates and logits are float32 on both.
+ * or float16 activations). The residual stream, recurrent states, softmax states, gates and logits are float32 on both.
  *
  * Two kinds of memory. Tensors lie in the backend's memory (the GPU's for `cuda`) and are only touched through the
  * table. What is marked "host" is an ordinary array of the caller's: lists, positions, pointers to blocks; a backend
@@ -54,7 +54,7 @@ enum {
 
 enum { LR_UNIT_UPLOAD_BYTES = 8 << 20 };
 
-/* An activation buffer, in the backend's activation type: float32 on the CPU, bf16 on CUDA. */
+/* An activation buffer, in the backend's activation type: float32 on the CPU, bf16 or float16 on CUDA. */
 typedef void lr_act;
 
 enum lr_activation { LR_ACT_NONE, LR_ACT_SILU, LR_ACT_GELU, LR_ACT_GELU_TANH, LR_ACT_RELU };
@@ -293,7 +293,7 @@ struct lr_kv_shape {
     int64_t n_heads; /* query heads; head h reads KV head h / (n_heads / n_kv_heads) */
     int64_t n_kv_heads;
     int64_t head_dim;
-    enum lr_dtype dtype; /* LR_F32 or LR_BF16 */
+    enum lr_dtype dtype; /* CPU: LR_F32 or LR_BF16. CUDA: the activation type */
 };
 
 /* A block that a query may read. */
@@ -529,8 +529,8 @@ struct lr_memory_ops {
 };
 
 struct lr_kernel_ops {
-    const char *name; /* "cpu-v4", "cpu-v3", "cpu-c", "cuda" */
-    enum lr_dtype act_dtype; /* of lr_act: LR_F32 or LR_BF16 */
+    const char *name; /* "cpu-v4", "cpu-v3", "cpu-c", "cuda-bf16", "cuda-f16" */
+    enum lr_dtype act_dtype; /* of lr_act: LR_F32 (cpu), LR_BF16 or LR_F16 (cuda) */
     int host_memory;         /* 1: the backend's memory is the host's */
     struct lr_memory_ops memory;
 

@@ -60,6 +60,8 @@ static enum lr_status open_backend(const struct lr_engine_options *options,
 {
     struct lr_comm *comm = engine->comm;
     if (device == LR_DEVICE_CPU) {
+        if (options->act != LR_ACT_CHOICE_AUTO)
+            return lr_fail(err, LR_INVALID, "--act-dtype needs --device cuda: the CPU computes in float32");
         engine->workers_on_device = comm->host_workers > 0 ? comm->host_workers : 1;
         return lr_kernels_cpu(options->isa, &engine->ops, err);
     }
@@ -70,7 +72,8 @@ static enum lr_status open_backend(const struct lr_engine_options *options,
     }
     if (engine->workers_on_device < 1)
         engine->workers_on_device = 1;
-    LR_TRY(lr_kernels_cuda_open(index, &engine->ops, &engine->exec, err));
+    enum lr_dtype act = options->act == LR_ACT_CHOICE_BF16 ? LR_BF16 : LR_F16;
+    LR_TRY(lr_kernels_cuda_open(index, act, &engine->ops, &engine->exec, err));
     lr_cuda_set_idle(&engine->exec, check_links, engine);
     snprintf(engine->device_name, sizeof engine->device_name, "%s", lr_cuda_device_name(&engine->exec));
     return LR_OK;

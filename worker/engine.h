@@ -12,12 +12,15 @@
 enum lr_experts_placement { LR_EXPERTS_AUTO, LR_EXPERTS_SHARDED, LR_EXPERTS_REPLICATED };
 
 enum lr_device { LR_DEVICE_AUTO, LR_DEVICE_CPU, LR_DEVICE_CUDA };
+/* Of activations, weights, keys and values on a device; AUTO: float16. The CPU computes in float32. */
+enum lr_act_choice { LR_ACT_CHOICE_AUTO, LR_ACT_CHOICE_BF16, LR_ACT_CHOICE_F16 };
 enum lr_transport { LR_TRANSPORT_AUTO, LR_TRANSPORT_NCCL, LR_TRANSPORT_MPI };
 
 struct lr_engine_options {
     const char *model_dir;
     enum lr_device device; /* AUTO: CUDA where every worker has a device, else the CPU */
     enum lr_transport transport; /* of tensors between devices; AUTO: NCCL where it can be had, else staged MPI */
+    enum lr_act_choice act;
     enum lr_isa isa;
     int n_threads; /* of this worker, >= 1 */
     int spin_us;   /* see lr_pool_create */

@@ -25,10 +25,12 @@ check_options(const struct lr_engine *engine, const struct lr_session_options *o
     if (o->max_forks < 0 || o->max_fork_tokens < 0)
         return lr_fail(err, LR_INVALID, "%lld forks of %lld tokens", (long long)o->max_forks,
                        (long long)o->max_fork_tokens);
-    if (o->kv_dtype != LR_F32 && o->kv_dtype != LR_BF16)
-        return lr_fail(err, LR_UNSUPPORTED, "KV is kept in f32 or bf16");
-    if (!engine->ops->host_memory && o->kv_dtype != LR_BF16)
-        return lr_fail(err, LR_UNSUPPORTED, "the %s backend keeps KV in bf16", engine->ops->name);
+    const struct lr_kernel_ops *ops = engine->ops;
+    if (ops->host_memory && o->kv_dtype != LR_F32 && o->kv_dtype != LR_BF16)
+        return lr_fail(err, LR_UNSUPPORTED, "the %s backend keeps KV in f32 or bf16", ops->name);
+    if (!ops->host_memory && o->kv_dtype != ops->act_dtype)
+        return lr_fail(err, LR_UNSUPPORTED, "the %s backend keeps KV in the type of its activations: %s", ops->name,
+                       ops->act_dtype == LR_F16 ? "f16" : "bf16");
     return LR_OK;
 }
 

@@ -36,7 +36,7 @@ struct lr_session_options {
     int64_t window, sinks;   /* sparse */
     int64_t top_k_blocks;    /* sparse: further blocks per query block and KV head */
     int64_t decode_pages;    /* forks: 0 = attend to everything, else the best N pages (Quest) */
-    enum lr_dtype kv_dtype;  /* LR_F32 or LR_BF16 */
+    enum lr_dtype kv_dtype;  /* CPU: LR_F32 or LR_BF16; a device: the type of its activations */
     int64_t max_tokens;      /* document */
     int64_t max_forks;       /* alive at once */
     int64_t max_fork_tokens; /* question and answer of one fork */

@@ -34,7 +34,7 @@ static cudaStream_t stream()
 }
 
 /* Twelve uniform numbers make nearly a normal one. */
-__global__ void fill_normal(__nv_bfloat16 *x, int64_t n, uint64_t seed)
+__global__ void fill_normal(lr::act *x, int64_t n, uint64_t seed)
 {
     for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < n;
          i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
@@ -47,7 +47,7 @@ __global__ void fill_normal(__nv_bfloat16 *x, int64_t n, uint64_t seed)
             for (int p = 0; p < 4; p++)
                 sum += static_cast<float>(z >> 16 * p & 0xffff) * 0x1p-16f;
         }
-        x[i] = __float2bfloat16_rn(sum);
+        x[i] = lr::to_act(sum);
     }
 }
 
@@ -58,9 +58,9 @@ template <typename T> static T *take(int64_t n)
     return static_cast<T *>(p);
 }
 
-static __nv_bfloat16 *take_normal(int64_t n, uint64_t seed)
+static lr::act *take_normal(int64_t n, uint64_t seed)
 {
-    __nv_bfloat16 *x = take<__nv_bfloat16>(n);
+    lr::act *x = take<lr::act>(n);
     fill_normal<<<1024, 256, 0, stream()>>>(x, n, seed);
     return x;
 }
@@ -104,9 +104,9 @@ struct document {
     std::vector<struct lr_kv_ref> refs;
 
     document(int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_t n_tokens)
-        : shape{n_heads, n_kv_heads, head_dim, LR_BF16}
+        : shape{n_heads, n_kv_heads, head_dim, LR_CUDA_DTYPE}
     {
-        const int64_t bytes = static_cast<int64_t>(lr_cuda_kv_block_bytes(shape));
+        const int64_t bytes = static_cast<int64_t>(LR_CUDA(kv_block_bytes)(shape));
         data = reinterpret_cast<char *>(take_normal(n_tokens / BLOCK * bytes / 2, 7));
         for (int64_t i = 0; i < n_tokens / BLOCK; i++)
             refs.push_back({data + i * bytes, i * BLOCK, static_cast<int32_t>(BLOCK), 0});
@@ -140,9 +140,9 @@ static float time_attention(
     args.m = take<float>(n_rows * d.shape.n_heads);
     args.l = take<float>(n_rows * d.shape.n_heads);
     args.o = nullptr;
-    args.y = take<__nv_bfloat16>(n_rows * width);
+    args.y = take<lr::act>(n_rows * width);
     args.y_stride = width;
-    const float ms = median_ms([&] { lr_cuda_attention(&exec, &args); });
+    const float ms = median_ms([&] { LR_CUDA(attention)(&exec, &args); });
     cudaFree(const_cast<void *>(args.q));
     cudaFree(args.m);
     cudaFree(args.l);
@@ -235,8 +235,8 @@ static void decode(int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_
     args.m = take<float>(ITEMS * n_rows * n_heads);
     args.l = take<float>(ITEMS * n_rows * n_heads);
     args.o = take<float>(ITEMS * n_rows * width);
-    const float ms = median_ms([&] { lr_cuda_partials(&exec, &args); });
-    const double kv_bytes = static_cast<double>(ITEMS * EACH) * static_cast<double>(lr_cuda_kv_block_bytes(d.shape));
+    const float ms = median_ms([&] { LR_CUDA(partials)(&exec, &args); });
+    const double kv_bytes = static_cast<double>(ITEMS * EACH) * static_cast<double>(LR_CUDA(kv_block_bytes)(d.shape));
     const double pairs = static_cast<double>(n_rows * ITEMS * EACH * BLOCK);
     snprintf(name, sizeof name, "decode %lld rows, 245 x 32 blocks, H=%lld/%lld D=%lld", (long long)n_rows,
              (long long)n_heads, (long long)n_kv_heads, (long long)head_dim);
@@ -253,12 +253,12 @@ static void decode(int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_
     merge.o = args.o;
     merge.bound = take<float>(n_rows * n_heads * 2);
     merge.sums = take<int64_t>(n_rows * n_heads * (head_dim + 1));
-    merge.y = take<__nv_bfloat16>(n_rows * width);
+    merge.y = take<lr::act>(n_rows * width);
     merge.y_stride = width;
     const float merge_ms = median_ms([&] {
-        lr_cuda_merge_bounds(&exec, &merge);
-        lr_cuda_merge_accumulate(&exec, &merge);
-        lr_cuda_merge_finish(&exec, &merge);
+        LR_CUDA(merge_bounds)(&exec, &merge);
+        LR_CUDA(merge_accumulate)(&exec, &merge);
+        LR_CUDA(merge_finish)(&exec, &merge);
     });
     row("  their merge", merge_ms, 0, 2.0 * static_cast<double>(ITEMS * n_rows * width) * 4);
     for (void *p : {static_cast<void *>(args.m), static_cast<void *>(args.l), static_cast<void *>(args.o),
@@ -276,7 +276,7 @@ static void store(int64_t n_kv_heads, int64_t head_dim)
     std::vector<void *> blocks;
     for (const struct lr_kv_ref &r : d.refs)
         blocks.push_back(const_cast<void *>(r.data));
-    __nv_bfloat16 *kv = take_normal(N * 2 * width, 3);
+    lr::act *kv = take_normal(N * 2 * width, 3);
     struct lr_kv_store_args args = {};
     args.shape = d.shape;
     args.k = kv;
@@ -285,7 +285,7 @@ static void store(int64_t n_kv_heads, int64_t head_dim)
     args.v_stride = 2 * width;
     args.n_rows = N;
     args.blocks = blocks.data();
-    const float ms = median_ms([&] { lr_cuda_kv_store(&exec, &args); });
+    const float ms = median_ms([&] { LR_CUDA(kv_store)(&exec, &args); });
     snprintf(name, sizeof name, "kv_store T=65536 HK=%lld D=%lld", (long long)n_kv_heads, (long long)head_dim);
     row(name, ms, 0, 4.0 * static_cast<double>(N * width) * 2);
     cudaFree(kv);

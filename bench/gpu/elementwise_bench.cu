@@ -45,7 +45,7 @@ void norms(int64_t rows)
         a.x = x, a.w = w, a.x_stride = a.y_stride = a.n_cols = d, a.n_rows = rows, a.eps = 1e-6f, a.plus_one = 1;
         a.y = halves(rows * d);
         snprintf(what, sizeof what, "rmsnorm %lld x %lld", static_cast<long long>(rows), static_cast<long long>(d));
-        race(what, 6.0 * static_cast<double>(rows * d), [&] { lr_cuda_rmsnorm(&bench::exec, &a); });
+        race(what, 6.0 * static_cast<double>(rows * d), [&] { LR_CUDA(rmsnorm)(&bench::exec, &a); });
         drop(x), drop(w), drop(a.y);
     }
     {
@@ -55,7 +55,7 @@ void norms(int64_t rows)
         a.x = x, a.z = z, a.w = w, a.x_stride = a.z_stride = a.y_stride = 4096, a.n_rows = rows, a.n_heads = 32;
         a.y = halves(rows * 4096), a.head_dim = 128, a.eps = 1e-6f;
         race("gated_rmsnorm 32 x 128", 6.0 * static_cast<double>(rows * 4096),
-             [&] { lr_cuda_gated_rmsnorm(&bench::exec, &a); });
+             [&] { LR_CUDA(gated_rmsnorm)(&bench::exec, &a); });
         drop(x), drop(z), drop(w), drop(a.y);
     }
     {
@@ -63,10 +63,10 @@ void norms(int64_t rows)
         a.x = halves(rows * 8192), a.x_stride = 8192, a.n_rows = rows, a.n_heads = 16, a.head_dim = 128;
         a.eps = 1e-6f, a.scale = 1.0f;
         race("l2norm 16 x 128 of rows of 8192", 4.0 * static_cast<double>(rows * 2048),
-             [&] { lr_cuda_l2norm(&bench::exec, &a); });
+             [&] { LR_CUDA(l2norm)(&bench::exec, &a); });
         a.n_heads = 32;
         race("l2norm 32 x 128 of rows of 8192 (q and k)", 4.0 * static_cast<double>(rows * 4096),
-             [&] { lr_cuda_l2norm(&bench::exec, &a); });
+             [&] { LR_CUDA(l2norm)(&bench::exec, &a); });
         drop(a.x);
     }
     {
@@ -76,13 +76,13 @@ void norms(int64_t rows)
         a.head_dim = 256, a.rotary_dim = 64, a.w = w, a.cos = cos, a.sin = sin, a.eps = 1e-6f;
         race("norm_rope q 16 x 256 rotary 64",
              4.0 * static_cast<double>(rows * 4096) + 8.0 * static_cast<double>(rows * 32),
-             [&] { lr_cuda_norm_rope(&bench::exec, &a); });
+             [&] { LR_CUDA(norm_rope)(&bench::exec, &a); });
         a.head_dim = 128, a.head_stride = 256, a.rotary_dim = 128, a.n_heads = 32;
         float *wide_cos = floats(rows * 64), *wide_sin = floats(rows * 64);
         a.cos = wide_cos, a.sin = wide_sin;
         race("norm_rope q 32 x 128 rotary 128",
              4.0 * static_cast<double>(rows * 4096) + 8.0 * static_cast<double>(rows * 64),
-             [&] { lr_cuda_norm_rope(&bench::exec, &a); });
+             [&] { LR_CUDA(norm_rope)(&bench::exec, &a); });
         drop(a.x), drop(w), drop(cos), drop(sin), drop(wide_cos), drop(wide_sin);
     }
 }
@@ -96,10 +96,10 @@ void elementwise(int64_t rows)
         a.x = x, a.w = w, a.tail = tail, a.x_stride = a.y_stride = a.n_channels = 8192, a.n_rows = rows, a.n_taps = 4;
         a.y = halves(rows * 8192), a.activation = LR_ACT_SILU;
         race("conv 8192 channels, 4 taps, silu", 4.0 * static_cast<double>(rows * 8192),
-             [&] { lr_cuda_conv(&bench::exec, &a); });
+             [&] { LR_CUDA(conv)(&bench::exec, &a); });
         a.n_channels = 1024;
         race("conv 1024 channels of rows of 8192", 4.0 * static_cast<double>(rows * 1024),
-             [&] { lr_cuda_conv(&bench::exec, &a); });
+             [&] { LR_CUDA(conv)(&bench::exec, &a); });
         drop(x), drop(tail), drop(w), drop(a.y);
     }
     {
@@ -110,7 +110,7 @@ void elementwise(int64_t rows)
         a.x_stride = a.y_stride = 4096, a.gate_stride = 9216, a.gate_head_stride = 512, a.n_rows = rows;
         a.n_heads = 16, a.head_dim = 256;
         race("sigmoid_gate 16 x 256", 6.0 * static_cast<double>(rows * 4096),
-             [&] { lr_cuda_sigmoid_gate(&bench::exec, &a); });
+             [&] { LR_CUDA(sigmoid_gate)(&bench::exec, &a); });
         drop(x), drop(gate), drop(a.y);
     }
     {
@@ -121,7 +121,7 @@ void elementwise(int64_t rows)
         a.b = ba, a.a = static_cast<uint16_t *>(ba) + 32, a.ba_stride = 64, a.a_log = a_log, a.dt_bias = dt_bias;
         a.beta = floats(n * 32), a.g = floats(n * 32), a.n_rows = n, a.n_heads = 32;
         race("delta_gates 32 heads, 8 x the rows", 12.0 * static_cast<double>(n * 32),
-             [&] { lr_cuda_delta_gates(&bench::exec, &a); });
+             [&] { LR_CUDA(delta_gates)(&bench::exec, &a); });
         drop(ba), drop(a_log), drop(dt_bias), drop(a.beta), drop(a.g);
     }
     {
@@ -132,11 +132,11 @@ void elementwise(int64_t rows)
         for (size_t i = 0; i < ids.size(); i++)
             ids[i] = static_cast<int32_t>(i * 2654435761u % static_cast<uint32_t>(vocab));
         race("embed bf16 x 2048 (ids uploaded)", 6.0 * static_cast<double>(rows * d),
-             [&] { lr_cuda_embed(&bench::exec, table, LR_BF16, d, ids.data(), rows, y); });
+             [&] { LR_CUDA(embed)(&bench::exec, table, LR_CUDA_DTYPE, d, ids.data(), rows, y); });
         std::vector<int64_t> positions(static_cast<size_t>(rows));
         std::vector<double> frequencies(32, 0.1);
         race("rope_table 32 (positions uploaded)", 8.0 * static_cast<double>(rows * 32), [&] {
-            lr_cuda_rope_table(&bench::exec, positions.data(), rows, frequencies.data(), 32, 1.0, y, y + rows * 32);
+            LR_CUDA(rope_table)(&bench::exec, positions.data(), rows, frequencies.data(), 32, 1.0, y, y + rows * 32);
         });
         drop(table), drop(y);
     }
@@ -144,7 +144,7 @@ void elementwise(int64_t rows)
 
 void selection(int64_t rows)
 {
-    const struct lr_kv_shape shape = {16, 2, 256, LR_BF16};
+    const struct lr_kv_shape shape = {16, 2, 256, LR_CUDA_DTYPE};
     const int64_t n_blocks = 8192, size = 2 * 256;
     {
         const size_t block_bytes = 2 * 2 * 128 * 256 * 2;
@@ -156,7 +156,7 @@ void selection(int64_t rows)
         a.shape = shape, a.blocks = refs.data(), a.n_blocks = n_blocks, a.mean = floats(n_blocks * size);
         a.min = floats(n_blocks * size), a.max = floats(n_blocks * size);
         race("block_summary 8192 blocks of 2 x 256", static_cast<double>(n_blocks) * (block_bytes / 2.0 + 12.0 * size),
-             [&] { lr_cuda_block_summary(&bench::exec, &a); });
+             [&] { LR_CUDA(block_summary)(&bench::exec, &a); });
         drop(keys), drop(a.mean), drop(a.min), drop(a.max);
     }
     void *q = halves(rows * 9216);
@@ -168,7 +168,7 @@ void selection(int64_t rows)
         a.sinks = 128, a.block_means = means, a.n_blocks = blocks, a.position = blocks * 128 - rows, a.top_k = 64;
         a.chosen = reinterpret_cast<int32_t *>(floats(rows / 128 * 2 * 64));
         snprintf(what, sizeof what, "block_select of %lld blocks (bytes: q)", static_cast<long long>(blocks));
-        race(what, 2.0 * static_cast<double>(rows * 4096), [&] { lr_cuda_block_select(&bench::exec, &a); });
+        race(what, 2.0 * static_cast<double>(rows * 4096), [&] { LR_CUDA(block_select)(&bench::exec, &a); });
         drop(means), drop(a.chosen);
     }
     for (int64_t forks = 1; forks <= 32; forks *= 32) {
@@ -181,7 +181,7 @@ void selection(int64_t rows)
         snprintf(what, sizeof what, "page_bounds %lld pages, %lld rows", static_cast<long long>(pages),
                  static_cast<long long>(forks));
         race(what, 8.0 * static_cast<double>(pages * size) + 8.0 * static_cast<double>(forks * pages),
-             [&] { lr_cuda_page_bounds(&bench::exec, &a); });
+             [&] { LR_CUDA(page_bounds)(&bench::exec, &a); });
         drop(low), drop(high), drop(a.bounds);
     }
     drop(q);

@@ -32,13 +32,13 @@ static __device__ uint32_t hash(uint64_t i)
 }
 
 /* About normal: the sum of four uniform numbers. */
-static __global__ void fill_kernel(__nv_bfloat16 *x, int64_t n, float size, uint64_t seed)
+static __global__ void fill_kernel(lr::act *x, int64_t n, float size, uint64_t seed)
 {
     for (int64_t i = blockIdx.x * 256LL + threadIdx.x; i < n; i += gridDim.x * 256LL) {
         float sum = 0.0f;
         for (int j = 0; j < 4; j++)
             sum += static_cast<float>(hash(seed + 4 * i + j) >> 8) * 0x1p-24f - 0.5f;
-        x[i] = __float2bfloat16_rn(sum * size * 1.7f);
+        x[i] = lr::to_act(sum * size * 1.7f);
     }
 }
 
@@ -49,10 +49,10 @@ static void *reserve(int64_t n_bytes)
     return data;
 }
 
-static __nv_bfloat16 *take(int64_t n, float size)
+static lr::act *take(int64_t n, float size)
 {
     static uint64_t seed;
-    __nv_bfloat16 *x = static_cast<__nv_bfloat16 *>(reserve(n * 2));
+    lr::act *x = static_cast<lr::act *>(reserve(n * 2));
     fill_kernel<<<1024, 256>>>(x, n, size, seed += 1ull << 40);
     check(cudaDeviceSynchronize(), "fill");
     return x;
@@ -94,9 +94,9 @@ static void report(const char *name, double ms, double flops, double bytes)
 static void time_gemm(int64_t m, int64_t n, int64_t k, int wide, int accumulate)
 {
     const size_t y_bytes = static_cast<size_t>(m * n) * (wide ? 4 : 2);
-    struct lr_weight w = {LR_BF16, n, k, take(n * k, 1.0f / sqrtf(static_cast<float>(k))),
-                          lr_cuda_weight_bytes(n, k, LR_BF16)};
-    __nv_bfloat16 *a = take(m * k, 1.0f);
+    struct lr_weight w = {LR_CUDA_DTYPE, n, k, take(n * k, 1.0f / sqrtf(static_cast<float>(k))),
+                          LR_CUDA(weight_bytes)(n, k, LR_CUDA_DTYPE)};
+    lr::act *a = take(m * k, 1.0f);
     void *y = reserve(static_cast<int64_t>(y_bytes));
     check(cudaMemset(y, 0, y_bytes), "zero");
     struct lr_gemm_args args = {};
@@ -111,7 +111,7 @@ static void time_gemm(int64_t m, int64_t n, int64_t k, int wide, int accumulate)
     char name[64];
     snprintf(name, sizeof name, "gemm_%lld_%lld_%lld_%s%s", (long long)m, (long long)n, (long long)k,
              wide ? "f32" : "bf16", accumulate ? "_add" : "");
-    const double ms = median_ms([&] { lr_cuda_gemm(&exec, &args); });
+    const double ms = median_ms([&] { LR_CUDA(gemm)(&exec, &args); });
     report(name, ms, 2.0 * static_cast<double>(m * n) * static_cast<double>(k),
            2.0 * static_cast<double>(m * k + n * k) + static_cast<double>(y_bytes) * (accumulate ? 2 : 1));
     cudaFree(w.data);
@@ -123,12 +123,12 @@ static void time_gemm(int64_t m, int64_t n, int64_t k, int wide, int accumulate)
 static void time_experts(int64_t n_tokens, int64_t n_experts, int64_t top_k, int64_t d, int64_t ffn)
 {
     const int64_t m = n_tokens * top_k, size = ffn * d;
-    __nv_bfloat16 *weights[3];
+    lr::act *weights[3];
     std::vector<struct lr_weight> w[3];
     for (int i = 0; i < 3; i++) {
         weights[i] = take(n_experts * size, 1.0f / sqrtf(static_cast<float>(d)));
         for (int64_t e = 0; e < n_experts; e++)
-            w[i].push_back({LR_BF16, i < 2 ? ffn : d, i < 2 ? d : ffn, weights[i] + e * size,
+            w[i].push_back({LR_CUDA_DTYPE, i < 2 ? ffn : d, i < 2 ? d : ffn, weights[i] + e * size,
                             static_cast<size_t>(size) * 2});
     }
     std::vector<float> host_logits(static_cast<size_t>(n_tokens * n_experts));
@@ -139,8 +139,8 @@ static void time_experts(int64_t n_tokens, int64_t n_experts, int64_t top_k, int
     int32_t *ids = static_cast<int32_t *>(reserve(m * 4));
     int64_t *offsets = static_cast<int64_t *>(reserve((n_experts + 1) * 8));
     int64_t *order = static_cast<int64_t *>(reserve(m * 8)), *row_of = static_cast<int64_t *>(reserve(m * 8));
-    __nv_bfloat16 *tokens = take(n_tokens * d, 1.0f), *x = take(m * d, 1.0f), *hidden = take(m * ffn, 1.0f);
-    __nv_bfloat16 *y = take(m * d, 1.0f);
+    lr::act *tokens = take(n_tokens * d, 1.0f), *x = take(m * d, 1.0f), *hidden = take(m * ffn, 1.0f);
+    lr::act *y = take(m * d, 1.0f);
     float *residual = static_cast<float *>(reserve(n_tokens * d * 4));
     check(cudaMemset(residual, 0, static_cast<size_t>(n_tokens * d) * 4), "zero");
 
@@ -154,19 +154,19 @@ static void time_experts(int64_t n_tokens, int64_t n_experts, int64_t top_k, int
              (long long)n_experts, (long long)d, (long long)ffn);
     const double rows = static_cast<double>(m), t = static_cast<double>(n_tokens), columns = static_cast<double>(d);
     snprintf(name, sizeof name, "router_%s", shape);
-    report(name, median_ms([&] { lr_cuda_router(&exec, &route); }), 0.0,
+    report(name, median_ms([&] { LR_CUDA(router)(&exec, &route); }), 0.0,
            t * static_cast<double>(n_experts) * 4 + rows * 8);
     snprintf(name, sizeof name, "sort_%s", shape);
-    report(name, median_ms([&] { lr_cuda_expert_sort(&exec, &sort); }), 0.0, rows * 20);
+    report(name, median_ms([&] { LR_CUDA(expert_sort)(&exec, &sort); }), 0.0, rows * 20);
     snprintf(name, sizeof name, "gather_%s", shape);
-    report(name, median_ms([&] { lr_cuda_gather_rows(&exec, tokens, static_cast<size_t>(d) * 2, order, m, x); }), 0.0,
+    report(name, median_ms([&] { LR_CUDA(gather_rows)(&exec, tokens, static_cast<size_t>(d) * 2, order, m, x); }), 0.0,
            rows * (8 + 2 * columns) + t * columns * 2);
     snprintf(name, sizeof name, "experts_%s", shape);
     const double flops = 6.0 * rows * static_cast<double>(size);
     const double bytes = rows * 4 * (columns + static_cast<double>(ffn)) + 6.0 * static_cast<double>(n_experts * size);
-    report(name, median_ms([&] { lr_cuda_experts(&exec, &run); }), flops, bytes);
+    report(name, median_ms([&] { LR_CUDA(experts)(&exec, &run); }), flops, bytes);
     snprintf(name, sizeof name, "combine_%s", shape);
-    report(name, median_ms([&] { lr_cuda_moe_combine(&exec, &combine); }), 0.0,
+    report(name, median_ms([&] { LR_CUDA(moe_combine)(&exec, &combine); }), 0.0,
            rows * (12 + 2 * columns) + t * columns * 8);
     void *const all[] = {weights[0], weights[1], weights[2], logits, p,      ids, offsets,
                          order,      row_of,     tokens,     x,      hidden, y,   residual};
@@ -178,7 +178,7 @@ int main()
 {
     const struct lr_kernel_ops *ops;
     struct lr_error err;
-    if (lr_kernels_cuda_open(0, &ops, &exec, &err) != LR_OK) {
+    if (lr_kernels_cuda_open(0, LR_CUDA_DTYPE, &ops, &exec, &err) != LR_OK) {
         fprintf(stderr, "no device: %s\n", err.message);
         return 1;
     }

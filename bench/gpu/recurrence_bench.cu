@@ -39,11 +39,11 @@ __device__ float random_of(uint64_t i)
     return static_cast<float>((z ^ z >> 31) >> 40) * 0x1p-23f - 1.0f;
 }
 
-__global__ void fill_rows(__nv_bfloat16 *x, int64_t n, float size)
+__global__ void fill_rows(lr::act *x, int64_t n, float size)
 {
     for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < n;
          i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-        x[i] = __float2bfloat16_rn(size * random_of(static_cast<uint64_t>(i)));
+        x[i] = lr::to_act(size * random_of(static_cast<uint64_t>(i)));
     }
 }
 
@@ -96,10 +96,10 @@ struct times measure(const struct shape &s, int n_repeats, cudaStream_t stream)
     const int64_t values = s.heads.n_v_heads * s.heads.dv;
     const int64_t n_gates = s.n_rows * s.heads.n_v_heads;
     const int64_t state = s.heads.n_v_heads * s.heads.dk * s.heads.dv;
-    __nv_bfloat16 *q = take<__nv_bfloat16>(s.n_rows * keys);
-    __nv_bfloat16 *k = take<__nv_bfloat16>(s.n_rows * keys);
-    __nv_bfloat16 *v = take<__nv_bfloat16>(s.n_rows * values);
-    __nv_bfloat16 *o = take<__nv_bfloat16>(s.n_rows * values);
+    lr::act *q = take<lr::act>(s.n_rows * keys);
+    lr::act *k = take<lr::act>(s.n_rows * keys);
+    lr::act *v = take<lr::act>(s.n_rows * values);
+    lr::act *o = take<lr::act>(s.n_rows * values);
     float *g = take<float>(n_gates);
     float *beta = take<float>(n_gates);
     float *s_in = take<float>(state);
@@ -124,7 +124,7 @@ struct times measure(const struct shape &s, int n_repeats, cudaStream_t stream)
     args.scale = 1.0f / sqrtf(static_cast<float>(s.heads.dk));
     args.n_rows = s.n_rows;
     args.n_sequences = 1;
-    args.work = take<char>(static_cast<int64_t>(lr_recurrence_work_bytes(s.rule, s.heads, s.n_rows, 1)));
+    args.work = take<char>(static_cast<int64_t>(LR_CUDA(recurrence_work_bytes)(s.rule, s.heads, s.n_rows, 1)));
 
     cudaEvent_t events[3];
     for (cudaEvent_t &event : events) {
@@ -133,9 +133,9 @@ struct times measure(const struct shape &s, int n_repeats, cudaStream_t stream)
     std::vector<float> prepare, output, both;
     for (int i = -3; i < n_repeats; i++) {
         must(cudaEventRecord(events[0], stream), "cudaEventRecord");
-        must(lr_recurrence_prepare(stream, &args), "prepare");
+        must(LR_CUDA(recurrence_prepare)(stream, &args), "prepare");
         must(cudaEventRecord(events[1], stream), "cudaEventRecord");
-        must(lr_recurrence_output(stream, &args, s_in, o, values, s_out), "output");
+        must(LR_CUDA(recurrence_output)(stream, &args, s_in, o, values, s_out), "output");
         must(cudaEventRecord(events[2], stream), "cudaEventRecord");
         must(cudaStreamSynchronize(stream), "the kernels");
         float ms[3];

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, checks and races the CUDA backend on this machine in one call; one results file with GPU, driver and commit.
 # usage: bench/gpu/run.sh [--build DIR] [--longreach PATH] [--steps tests,client,sanitizer,bench] [RESULTS_FILE]
-#   --build DIR       takes DIR/tests/cuda/test_* and DIR/bin/*_bench as they are (a build of the preset cuda-release);
+#   --build DIR       takes DIR/tests/cuda/test_* and DIR/bin/*_bench_* as they are (a build of the preset cuda-release);
 #                     without it everything but longreach is compiled here into build/gpu by nvcc and gcc alone
 #   --longreach PATH  for the step client: the same bytes and texts from several workers, and accuracy; default DIR/bin/longreach
 #   sanitizer         memcheck, racecheck and synccheck of every test, with LR_TEST_SHORT=1, side by side; SECONDS_EACH (300)
@@ -26,34 +26,44 @@ results=${results:-bench/results/gpu-$(echo "${gpu%%,*}" | tr ' ' '-')-$commit.t
 mkdir -p "$(dirname "$results")"
 export PATH=$PATH:/usr/local/cuda/bin LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}:/usr/local/cuda/lib64
 
-# A program that does not build is reported; the others go on.
+# A program that does not build is reported; the others go on. What touches activations is compiled for both types.
 compile()
 {
     build=build/gpu
     local objects=$build/objects c=(-std=gnu17 -D_GNU_SOURCE -O2 -I. -ffp-contract=off -fno-math-errno)
     local cuda=(-std=c++17 -O3 -gencode "arch=compute_90a,code=sm_90a" -lineinfo -I.)
-    local link=("$objects/liblr.a" -lm)
+    local file name type define
     mkdir -p "$objects" $build/tests/cuda $build/bin
     rm -f "$objects"/*
-    local file name
-    for file in kernels/cuda/*.cu; do
-        nvcc "${cuda[@]}" -c "$file" -o "$objects/$(basename "$file").o" &
+    for type in bf16 f16; do
+        define=-DLR_CUDA_${type^^}
+        for file in kernels/cuda/*.cu; do
+            nvcc "${cuda[@]}" "$define" -c "$file" -o "$objects/$(basename "$file" .cu)_$type.o" &
+        done
+        gcc "${c[@]}" "$define" -c kernels/cuda/table.c -o "$objects/table_$type.o" &
     done
-    for file in base/status.c kernels/ref_*.c kernels/cpu/rope.c kernels/cuda/table.c; do
+    for file in base/status.c kernels/ref_*.c kernels/cpu/rope.c kernels/cuda/open.c; do
         gcc "${c[@]}" -c "$file" -o "$objects/$(basename "$file").o" &
     done
     wait
+    for file in attention_packet backend memory tma; do # these know no activations
+        rm -f "$objects/${file}_f16.o"
+    done
     ar rcs "$objects/liblr.a" "$objects"/*.o
-    for file in tests/kernels/cuda/test_*.c; do
-        name=$(basename "$file" .c)
-        { gcc "${c[@]}" -c "$file" -o "$objects/$name.o" &&
-            nvcc "${cuda[@]}" "$objects/$name.o" -o "$build/tests/cuda/$name" "${link[@]}"; } &
-    done
-    for file in tests/kernels/cuda/test_*.cu; do
-        [ -f "$file" ] && nvcc "${cuda[@]}" "$file" -o "$build/tests/cuda/$(basename "$file" .cu)" "${link[@]}" &
-    done
-    for file in bench/gpu/*_bench.cu; do
-        nvcc "${cuda[@]}" "$file" -o "$build/bin/$(basename "$file" .cu)" "${link[@]}" &
+    local link=("$objects/liblr.a" -lm)
+    for type in bf16 f16; do
+        define=-DLR_CUDA_${type^^}
+        for file in tests/kernels/cuda/test_*.c; do
+            name=$(basename "$file" .c)_$type
+            { gcc "${c[@]}" "$define" -c "$file" -o "$objects/$name.o" &&
+                nvcc "${cuda[@]}" "$objects/$name.o" -o "$build/tests/cuda/$name" "${link[@]}"; } &
+        done
+        for file in tests/kernels/cuda/test_*.cu; do
+            nvcc "${cuda[@]}" "$define" "$file" -o "$build/tests/cuda/$(basename "$file" .cu)_$type" "${link[@]}" &
+        done
+        for file in bench/gpu/*_bench.cu; do
+            nvcc "${cuda[@]}" "$define" "$file" -o "$build/bin/$(basename "$file" .cu)_$type" "${link[@]}" &
+        done
     done
     wait
 }
@@ -124,7 +134,7 @@ everything()
         sanitize_all
     fi
     if [[ $steps == *bench* ]]; then
-        for program in "$build"/bin/*_bench; do
+        for program in "$build"/bin/*_bench_*; do
             run 60 "$(basename "$program")" "$program"
         done
         for program in bench/gpu/*_peers.py; do

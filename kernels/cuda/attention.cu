@@ -2,18 +2,18 @@
  * bits are the same in all of them. */
 #include "kernels/cuda/attention_kernel.cuh"
 
-int64_t lr_cuda_padded_head_dim(int64_t head_dim)
+int64_t LR_CUDA(padded_head_dim)(int64_t head_dim)
 {
     return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : head_dim <= 256 ? 256 : 0;
 }
 
-void lr_cuda_fold_rows(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot)
+void LR_CUDA(fold_rows)(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot)
 {
     const int64_t tile_rows = fold->max_tokens * (fold->shape.n_heads / fold->shape.n_kv_heads);
     cudaStream_t stream = static_cast<cudaStream_t>(exec->stream);
     const int n = lr_cuda_multiprocessors(exec);
     cudaError_t error = cudaErrorInvalidValue;
-    switch (lr_cuda_padded_head_dim(fold->shape.head_dim)) {
+    switch (LR_CUDA(padded_head_dim)(fold->shape.head_dim)) {
     case 64:
         if (tile_rows <= lr::UNIT)
             error = lr::launch<64, 1>(*fold, n, stream);

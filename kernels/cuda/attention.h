@@ -1,4 +1,4 @@
-/* Softmax attention over KV blocks on CUDA: what its slots share. bf16 keys and values, float32 running softmax.
+/* Softmax attention over KV blocks on CUDA: what its slots share. keys and values of the activation type, float32 running softmax.
  *
  * The block layout is what wgmma reads, so that a block comes into shared memory by bulk copies from any address,
  * without a tensor map. Head dimensions are padded with zeros to 64, 128 or 256 channels. Per KV head:
@@ -62,10 +62,10 @@ struct lr_cuda_fold {
 };
 
 /* Channels of a head in a block: 64, 128 or 256; 0 beyond. */
-int64_t lr_cuda_padded_head_dim(int64_t head_dim);
+int64_t LR_CUDA(padded_head_dim)(int64_t head_dim);
 
 /* Launches on exec's stream. */
-void lr_cuda_fold_rows(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot);
+void LR_CUDA(fold_rows)(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot);
 
 #ifdef __cplusplus
 }

@@ -16,7 +16,7 @@
 
 #include <math.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr float LOG2E = 1.4426950408889634f;
@@ -152,7 +152,7 @@ template <int D, int KEYS> static __device__ __forceinline__ void settle(fold_st
 {
 #pragma unroll
     for (int i = 0; i < KEYS / 4; i++)
-        t.weights[i] = pack_bf16(t.score[2 * i], t.score[2 * i + 1]);
+        t.weights[i] = pack_act(t.score[2 * i], t.score[2 * i + 1]);
     if (__any_sync(0xffffffffu, t.factor[0] != 1.0f || t.factor[1] != 1.0f)) {
 #pragma unroll
         for (int i = 0; i < D / 2; i++)
@@ -201,7 +201,7 @@ static __device__ __forceinline__ void store_state(
 #pragma unroll
     for (int i = 0; i < D / 8; i++)
         if (8 * i < a.shape.head_dim) {
-            const uint32_t pair = pack_bf16(t.o[4 * i + 2 * r] * inverse, t.o[4 * i + 2 * r + 1] * inverse);
+            const uint32_t pair = pack_act(t.o[4 * i + 2 * r] * inverse, t.o[4 * i + 2 * r + 1] * inverse);
             if (aligned) {
                 *reinterpret_cast<uint32_t *>(y + 8 * i + column) = pair;
             } else {
@@ -406,6 +406,6 @@ template <int D, int C> static cudaError_t launch(const lr_cuda_fold &fold, int 
     return cudaGetLastError();
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

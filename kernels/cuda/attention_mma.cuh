@@ -8,7 +8,7 @@
 
 #include "kernels/cuda/hopper.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 /* The one arrival of the current phase, which then also waits for n_bytes of copies. */
@@ -54,7 +54,7 @@ static __device__ __forceinline__ void wgmma_n128_shared(float (&d)[64], uint64_
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." LR_CUDA_MMA "." LR_CUDA_MMA " "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                  " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
                  " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
@@ -79,7 +79,7 @@ static __device__ __forceinline__ void wgmma_n256(float (&d)[128], const uint32_
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.eq.u32 p, 0, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." LR_CUDA_MMA "." LR_CUDA_MMA " "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                  " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
                  " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
@@ -111,6 +111,6 @@ static __device__ __forceinline__ void wgmma_n256(float (&d)[128], const uint32_
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

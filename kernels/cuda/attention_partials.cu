@@ -9,7 +9,7 @@
 
 #include <math.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 /* Every slot empty, for those that no item covers. */
@@ -25,7 +25,7 @@ __global__ void clear_partials(float *m, float *l, float *o, int64_t n, int64_t 
         o[i] = 0.0f;
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 static void clear_all(const struct lr_exec *exec, const struct lr_partials_args *args)
 {
@@ -70,12 +70,12 @@ fold_items(const struct lr_exec *exec, const struct lr_partials_args *args, stru
     }
     if (packet.n_rows > 0) {
         lr_cuda_packet_upload(exec, &packet, args->positions, args->n_rows, fold);
-        lr_cuda_fold_rows(exec, fold, "partials");
+        LR_CUDA(fold_rows)(exec, fold, "partials");
     }
     return i;
 }
 
-void lr_cuda_partials(const struct lr_exec *exec, const struct lr_partials_args *args)
+void LR_CUDA(partials)(const struct lr_exec *exec, const struct lr_partials_args *args)
 {
     if (args->n_rows == 0 || args->n_slots == 0)
         return;

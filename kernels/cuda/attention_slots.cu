@@ -3,7 +3,7 @@
 #include "kernels/cuda/attention_packet.h"
 #include "kernels/cuda/hopper.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int TOKENS = LR_KV_BLOCK_TOKENS;
@@ -11,7 +11,7 @@ constexpr int TOKENS = LR_KV_BLOCK_TOKENS;
 /* Where the rows go: row r is token `(position + r) mod 128` of blocks[(position + r) / 128 - position / 128], or, with
  * positions, token `positions[r] mod 128` of blocks[r]. */
 struct store_params {
-    const __nv_bfloat16 *k, *v;
+    const act *k, *v;
     int64_t k_stride, v_stride, n_rows;
     int n_kv_heads, head_dim, padded;
     int64_t position;
@@ -20,7 +20,7 @@ struct store_params {
 };
 
 /* Eight channels from where they need not be aligned. */
-static __device__ __forceinline__ uint4 load_piece(const __nv_bfloat16 *from)
+static __device__ __forceinline__ uint4 load_piece(const act *from)
 {
     if ((reinterpret_cast<uintptr_t>(from) & 15) == 0)
         return *reinterpret_cast<const uint4 *>(from);
@@ -68,25 +68,25 @@ static cudaError_t launch_store(const lr_exec *exec, const store_params &p)
 template <typename Args> static store_params store_of(const Args *args)
 {
     store_params p = {};
-    p.k = static_cast<const __nv_bfloat16 *>(args->k);
-    p.v = static_cast<const __nv_bfloat16 *>(args->v);
+    p.k = static_cast<const act *>(args->k);
+    p.v = static_cast<const act *>(args->v);
     p.k_stride = args->k_stride;
     p.v_stride = args->v_stride;
     p.n_rows = args->n_rows;
     p.n_kv_heads = static_cast<int>(args->shape.n_kv_heads);
     p.head_dim = static_cast<int>(args->shape.head_dim);
-    p.padded = static_cast<int>(lr_cuda_padded_head_dim(args->shape.head_dim));
+    p.padded = static_cast<int>(LR_CUDA(padded_head_dim)(args->shape.head_dim));
     return p;
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-size_t lr_cuda_kv_block_bytes(struct lr_kv_shape shape)
+size_t LR_CUDA(kv_block_bytes)(struct lr_kv_shape shape)
 {
-    return static_cast<size_t>(shape.n_kv_heads * lr::TOKENS * lr_cuda_padded_head_dim(shape.head_dim)) * 4;
+    return static_cast<size_t>(shape.n_kv_heads * lr::TOKENS * LR_CUDA(padded_head_dim)(shape.head_dim)) * 4;
 }
 
-void lr_cuda_kv_store(const struct lr_exec *exec, const struct lr_kv_store_args *args)
+void LR_CUDA(kv_store)(const struct lr_exec *exec, const struct lr_kv_store_args *args)
 {
     if (args->n_rows == 0)
         return;
@@ -98,7 +98,7 @@ void lr_cuda_kv_store(const struct lr_exec *exec, const struct lr_kv_store_args 
     lr_cuda_note(exec, lr::launch_store(exec, p), "kv_store");
 }
 
-void lr_cuda_kv_store_rows(const struct lr_exec *exec, const struct lr_kv_store_rows_args *args)
+void LR_CUDA(kv_store_rows)(const struct lr_exec *exec, const struct lr_kv_store_rows_args *args)
 {
     if (args->n_rows == 0)
         return;
@@ -133,7 +133,7 @@ static int64_t fold_query_blocks(const struct lr_exec *exec,
     }
     lr_cuda_packet_upload(exec, &packet, NULL, 0, fold);
     fold->max_tokens = lr::TOKENS;
-    lr_cuda_fold_rows(exec, fold, "attention");
+    LR_CUDA(fold_rows)(exec, fold, "attention");
     return block;
 }
 
@@ -147,10 +147,10 @@ static void fold_all(const struct lr_exec *exec, const struct lr_attention_args 
     lr_cuda_packet_add(exec, &packet, rows, args->lists, 1);
     lr_cuda_packet_upload(exec, &packet, NULL, 0, fold);
     fold->max_tokens = rows.end - rows.origin;
-    lr_cuda_fold_rows(exec, fold, "attention");
+    LR_CUDA(fold_rows)(exec, fold, "attention");
 }
 
-void lr_cuda_attention(const struct lr_exec *exec, const struct lr_attention_args *args)
+void LR_CUDA(attention)(const struct lr_exec *exec, const struct lr_attention_args *args)
 {
     if (args->n_rows == 0)
         return;

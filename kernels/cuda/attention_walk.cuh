@@ -14,7 +14,7 @@
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/attention_mma.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int BLOCK = LR_KV_BLOCK_TOKENS;
@@ -255,14 +255,14 @@ bring_queries(const lr_cuda_fold &a, const tile &t, int group, int consumer, uin
 {
     constexpr int PIECES = D / 8;
     const int lane = threadIdx.x % 32;
-    const __nv_bfloat16 *source = static_cast<const __nv_bfloat16 *>(a.q);
+    const act *source = static_cast<const act *>(a.q);
     const uint32_t q = shared_address(s.q) + consumer * UNIT * 128;
     barrier_wait(&s.q_empty[consumer], (round & 1) ^ 1);
     for (int i = lane; i < UNIT * PIECES; i += 32) {
         const int r = i / PIECES, piece = i % PIECES;
         const row_place p = place_row(a, t, group, consumer * UNIT + r);
         const bool there = p.position >= 0 && piece * 8 < a.shape.head_dim;
-        const __nv_bfloat16 *from = there ? source + p.row * a.q_stride + p.head * a.q_head_stride + piece * 8 : source;
+        const act *from = there ? source + p.row * a.q_stride + p.head * a.q_head_stride + piece * 8 : source;
         copy_async(q + (piece / 8) * (tile_shape<D, C>::ROWS * 128) + swizzled(r, piece % 8), from, there);
     }
     copy_commit();
@@ -273,6 +273,6 @@ bring_queries(const lr_cuda_fold &a, const tile &t, int group, int consumer, uin
         barrier_arrive(&s.q_full[consumer]);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

@@ -10,6 +10,7 @@
 #ifndef LR_KERNELS_CUDA_BACKEND_H
 #define LR_KERNELS_CUDA_BACKEND_H
 
+#include "kernels/cuda/act.h"
 #include "kernels/ops.h"
 
 #ifdef __cplusplus
@@ -38,44 +39,44 @@ void lr_cuda_unit_begin(const struct lr_exec *exec);
 enum lr_status lr_cuda_unit_end(const struct lr_exec *exec, struct lr_error *err);
 
 /* Every slot of the table but the memory's, each in the file named after what it computes. */
-size_t lr_cuda_weight_bytes(int64_t n, int64_t k, enum lr_dtype dtype);
-void lr_cuda_weight_pack(struct lr_weight *w, int64_t row, int64_t n_rows, const void *rows);
-void lr_cuda_gemm(const struct lr_exec *exec, const struct lr_gemm_args *args);
-void lr_cuda_experts(const struct lr_exec *exec, const struct lr_experts_args *args);
-void lr_cuda_embed(const struct lr_exec *exec, const void *table, enum lr_dtype dtype, int64_t d, const int32_t *ids,
+size_t LR_CUDA(weight_bytes)(int64_t n, int64_t k, enum lr_dtype dtype);
+void LR_CUDA(weight_pack)(struct lr_weight *w, int64_t row, int64_t n_rows, const void *rows);
+void LR_CUDA(gemm)(const struct lr_exec *exec, const struct lr_gemm_args *args);
+void LR_CUDA(experts)(const struct lr_exec *exec, const struct lr_experts_args *args);
+void LR_CUDA(embed)(const struct lr_exec *exec, const void *table, enum lr_dtype dtype, int64_t d, const int32_t *ids,
                    int64_t n_rows, float *y);
-void lr_cuda_rope_table(const struct lr_exec *exec, const int64_t *positions, int64_t n_rows, const double *inv_freq,
+void LR_CUDA(rope_table)(const struct lr_exec *exec, const int64_t *positions, int64_t n_rows, const double *inv_freq,
                         int64_t n_freq, double factor, float *cos_out, float *sin_out);
-void lr_cuda_rmsnorm(const struct lr_exec *exec, const struct lr_rmsnorm_args *args);
-void lr_cuda_gated_rmsnorm(const struct lr_exec *exec, const struct lr_gated_rmsnorm_args *args);
-void lr_cuda_norm_rope(const struct lr_exec *exec, const struct lr_norm_rope_args *args);
-void lr_cuda_conv(const struct lr_exec *exec, const struct lr_conv_args *args);
-void lr_cuda_conv_step(const struct lr_exec *exec, const struct lr_conv_step_args *args);
-void lr_cuda_l2norm(const struct lr_exec *exec, const struct lr_l2norm_args *args);
-void lr_cuda_delta_gates(const struct lr_exec *exec, const struct lr_delta_gates_args *args);
-void lr_cuda_sigmoid_gate(const struct lr_exec *exec, const struct lr_sigmoid_gate_args *args);
-size_t lr_cuda_delta_work_floats(struct lr_delta_shape shape, int64_t n_rows);
-void lr_cuda_delta_summary(const struct lr_exec *exec, const struct lr_delta_segment_args *args, float *m, float *b);
-void lr_cuda_delta_output(const struct lr_exec *exec, const struct lr_delta_segment_args *args, const float *s_in,
+void LR_CUDA(rmsnorm)(const struct lr_exec *exec, const struct lr_rmsnorm_args *args);
+void LR_CUDA(gated_rmsnorm)(const struct lr_exec *exec, const struct lr_gated_rmsnorm_args *args);
+void LR_CUDA(norm_rope)(const struct lr_exec *exec, const struct lr_norm_rope_args *args);
+void LR_CUDA(conv)(const struct lr_exec *exec, const struct lr_conv_args *args);
+void LR_CUDA(conv_step)(const struct lr_exec *exec, const struct lr_conv_step_args *args);
+void LR_CUDA(l2norm)(const struct lr_exec *exec, const struct lr_l2norm_args *args);
+void LR_CUDA(delta_gates)(const struct lr_exec *exec, const struct lr_delta_gates_args *args);
+void LR_CUDA(sigmoid_gate)(const struct lr_exec *exec, const struct lr_sigmoid_gate_args *args);
+size_t LR_CUDA(delta_work_floats)(struct lr_delta_shape shape, int64_t n_rows);
+void LR_CUDA(delta_summary)(const struct lr_exec *exec, const struct lr_delta_segment_args *args, float *m, float *b);
+void LR_CUDA(delta_output)(const struct lr_exec *exec, const struct lr_delta_segment_args *args, const float *s_in,
                           lr_act *o, int64_t o_stride);
-void lr_cuda_delta_fold(const struct lr_exec *exec, const struct lr_delta_fold_args *args);
-void lr_cuda_delta_step(const struct lr_exec *exec, const struct lr_delta_step_args *args);
-size_t lr_cuda_kv_block_bytes(struct lr_kv_shape shape);
-void lr_cuda_kv_store(const struct lr_exec *exec, const struct lr_kv_store_args *args);
-void lr_cuda_kv_store_rows(const struct lr_exec *exec, const struct lr_kv_store_rows_args *args);
-void lr_cuda_attention(const struct lr_exec *exec, const struct lr_attention_args *args);
-void lr_cuda_partials(const struct lr_exec *exec, const struct lr_partials_args *args);
-void lr_cuda_merge_bounds(const struct lr_exec *exec, const struct lr_merge_args *args);
-void lr_cuda_merge_accumulate(const struct lr_exec *exec, const struct lr_merge_args *args);
-void lr_cuda_merge_finish(const struct lr_exec *exec, const struct lr_merge_args *args);
-void lr_cuda_block_summary(const struct lr_exec *exec, const struct lr_block_summary_args *args);
-void lr_cuda_block_select(const struct lr_exec *exec, const struct lr_block_select_args *args);
-void lr_cuda_page_bounds(const struct lr_exec *exec, const struct lr_page_bounds_args *args);
-void lr_cuda_router(const struct lr_exec *exec, const struct lr_router_args *args);
-void lr_cuda_expert_sort(const struct lr_exec *exec, const struct lr_expert_sort_args *args);
-void lr_cuda_gather_rows(const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows,
+void LR_CUDA(delta_fold)(const struct lr_exec *exec, const struct lr_delta_fold_args *args);
+void LR_CUDA(delta_step)(const struct lr_exec *exec, const struct lr_delta_step_args *args);
+size_t LR_CUDA(kv_block_bytes)(struct lr_kv_shape shape);
+void LR_CUDA(kv_store)(const struct lr_exec *exec, const struct lr_kv_store_args *args);
+void LR_CUDA(kv_store_rows)(const struct lr_exec *exec, const struct lr_kv_store_rows_args *args);
+void LR_CUDA(attention)(const struct lr_exec *exec, const struct lr_attention_args *args);
+void LR_CUDA(partials)(const struct lr_exec *exec, const struct lr_partials_args *args);
+void LR_CUDA(merge_bounds)(const struct lr_exec *exec, const struct lr_merge_args *args);
+void LR_CUDA(merge_accumulate)(const struct lr_exec *exec, const struct lr_merge_args *args);
+void LR_CUDA(merge_finish)(const struct lr_exec *exec, const struct lr_merge_args *args);
+void LR_CUDA(block_summary)(const struct lr_exec *exec, const struct lr_block_summary_args *args);
+void LR_CUDA(block_select)(const struct lr_exec *exec, const struct lr_block_select_args *args);
+void LR_CUDA(page_bounds)(const struct lr_exec *exec, const struct lr_page_bounds_args *args);
+void LR_CUDA(router)(const struct lr_exec *exec, const struct lr_router_args *args);
+void LR_CUDA(expert_sort)(const struct lr_exec *exec, const struct lr_expert_sort_args *args);
+void LR_CUDA(gather_rows)(const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows,
                          int64_t n_rows, void *y);
-void lr_cuda_moe_combine(const struct lr_exec *exec, const struct lr_moe_combine_args *args);
+void LR_CUDA(moe_combine)(const struct lr_exec *exec, const struct lr_moe_combine_args *args);
 
 #ifdef __cplusplus
 }

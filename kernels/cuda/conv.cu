@@ -13,7 +13,7 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/rows.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int CONV_ROWS = 32; /* of a thread */
@@ -29,7 +29,7 @@ struct raw_piece {
     }
 };
 
-template <bool ALIGNED> static __device__ __forceinline__ struct raw_piece load_raw(const bf16 *x, int n)
+template <bool ALIGNED> static __device__ __forceinline__ struct raw_piece load_raw(const act *x, int n)
 {
     struct raw_piece raw;
     if constexpr (ALIGNED) {
@@ -45,10 +45,10 @@ template <bool ALIGNED> static __device__ __forceinline__ struct raw_piece load_
     return raw;
 }
 
-static __device__ __forceinline__ const bf16 *conv_row(const struct lr_conv_args &a, int64_t t)
+static __device__ __forceinline__ const act *conv_row(const struct lr_conv_args &a, int64_t t)
 {
-    return t >= 0 ? static_cast<const bf16 *>(a.x) + t * a.x_stride
-                  : static_cast<const bf16 *>(a.tail) + (t + a.n_taps - 1) * a.n_channels;
+    return t >= 0 ? static_cast<const act *>(a.x) + t * a.x_stride
+                  : static_cast<const act *>(a.tail) + (t + a.n_taps - 1) * a.n_channels;
 }
 
 /* Blocks of `channels / 8` x `row groups` threads; blockIdx.x: rows, blockIdx.y: channels. */
@@ -82,8 +82,8 @@ static __global__ void __launch_bounds__(ROW_THREADS) conv_kernel(const struct l
         window[i] = load_raw<ALIGNED>(conv_row(a, first - (TAPS - 1) + i) + channel, n);
 #pragma unroll 1
     for (int64_t t = first; t < first + CONV_ROWS && t < a.n_rows; t += CONV_AHEAD) {
-        const bf16 *x = static_cast<const bf16 *>(a.x) + t * a.x_stride + channel;
-        bf16 *y = static_cast<bf16 *>(a.y) + t * a.y_stride + channel;
+        const act *x = static_cast<const act *>(a.x) + t * a.x_stride + channel;
+        act *y = static_cast<act *>(a.y) + t * a.y_stride + channel;
 #pragma unroll
         for (int i = 0; i < CONV_AHEAD; i++)
             window[TAPS - 1 + i] = load_raw<ALIGNED>(x + i * a.x_stride, t + i < a.n_rows ? n : 0);
@@ -122,7 +122,7 @@ static __global__ void __launch_bounds__(ROW_THREADS) conv_any_kernel(const stru
 #pragma unroll
         for (int c = 0; c < 8; c++)
             out.v[c] = activate(out.v[c], a.activation);
-        store_piece<false>(static_cast<bf16 *>(a.y) + t * a.y_stride + channel, out, n);
+        store_piece<false>(static_cast<act *>(a.y) + t * a.y_stride + channel, out, n);
     }
 }
 
@@ -160,25 +160,25 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     const int64_t row = blockIdx.y, channel = static_cast<int64_t>(blockIdx.x) * ROW_THREADS + threadIdx.x;
     if (channel >= a.n_channels)
         return;
-    bf16 *tail = static_cast<bf16 *>(tails[row]) + channel;
-    const bf16 x = static_cast<const bf16 *>(a.x)[row * a.x_stride + channel];
+    act *tail = static_cast<act *>(tails[row]) + channel;
+    const act x = static_cast<const act *>(a.x)[row * a.x_stride + channel];
     const float *w = a.w + channel * a.n_taps;
     float sum = 0.0f;
     for (int64_t i = 0; i < a.n_taps - 1; i++) {
-        const bf16 previous = tail[i * a.n_channels];
-        sum = fmaf(w[i], __bfloat162float(previous), sum);
+        const act previous = tail[i * a.n_channels];
+        sum = fmaf(w[i], from_act(previous), sum);
         if (i > 0)
             tail[(i - 1) * a.n_channels] = previous;
     }
-    sum = fmaf(w[a.n_taps - 1], __bfloat162float(x), sum);
+    sum = fmaf(w[a.n_taps - 1], from_act(x), sum);
     if (a.n_taps > 1)
         tail[(a.n_taps - 2) * a.n_channels] = x;
-    static_cast<bf16 *>(a.y)[row * a.y_stride + channel] = __float2bfloat16_rn(activate(sum, a.activation));
+    static_cast<act *>(a.y)[row * a.y_stride + channel] = to_act(activate(sum, a.activation));
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_conv(const struct lr_exec *exec, const struct lr_conv_args *args)
+void LR_CUDA(conv)(const struct lr_exec *exec, const struct lr_conv_args *args)
 {
     if (args->n_rows <= 0 || args->n_channels <= 0)
         return;
@@ -186,14 +186,14 @@ void lr_cuda_conv(const struct lr_exec *exec, const struct lr_conv_args *args)
     lr_cuda_note(exec, cudaGetLastError(), "conv");
 }
 
-void lr_cuda_conv_step(const struct lr_exec *exec, const struct lr_conv_step_args *args)
+void LR_CUDA(conv_step)(const struct lr_exec *exec, const struct lr_conv_step_args *args)
 {
     const int64_t most = 32768; /* rows of a launch */
     for (int64_t first = 0; first < args->n_rows; first += most) {
         struct lr_conv_step_args a = *args;
         a.n_rows = args->n_rows - first < most ? args->n_rows - first : most;
-        a.x = static_cast<const lr::bf16 *>(a.x) + first * a.x_stride;
-        a.y = static_cast<lr::bf16 *>(a.y) + first * a.y_stride;
+        a.x = static_cast<const lr::act *>(a.x) + first * a.x_stride;
+        a.y = static_cast<lr::act *>(a.y) + first * a.y_stride;
         lr_act *const *tails = static_cast<lr_act *const *>(
             lr_cuda_upload(exec, args->tails + first, static_cast<size_t>(a.n_rows) * sizeof *tails));
         const dim3 grid(lr::blocks_for(a.n_channels, lr::ROW_THREADS), static_cast<unsigned>(a.n_rows));

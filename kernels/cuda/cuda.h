@@ -11,10 +11,11 @@ extern "C" {
 /* Number of usable devices; 0 without a driver or in a build without CUDA. */
 int lr_cuda_device_count(void);
 
-/* Makes `device` the process's device, opens a stream, the ring, the scratch memory and the library handles, and fills
- * exec->stream and exec->backend. Blocks (a second or two for the driver). LR_UNSUPPORTED in a build without CUDA or on
+/* Makes `device` the process's device, opens a stream, the ring and the scratch memory, fills exec->stream and
+ * exec->backend, and gives the table for activations of act_dtype: LR_BF16 or LR_F16. Blocks (a second or two for the driver). LR_UNSUPPORTED in a build without CUDA or on
  * a device older than sm_90, naming it; LR_NO_MEMORY with the numbers. */
 LR_MUST_USE enum lr_status lr_kernels_cuda_open(int device,
+                                                enum lr_dtype act_dtype,
                                                 const struct lr_kernel_ops **out,
                                                 struct lr_exec *exec,
                                                 struct lr_error *err);

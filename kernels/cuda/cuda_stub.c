@@ -6,10 +6,14 @@ int lr_cuda_device_count(void)
     return 0;
 }
 
-enum lr_status
-lr_kernels_cuda_open(int device, const struct lr_kernel_ops **out, struct lr_exec *exec, struct lr_error *err)
+enum lr_status lr_kernels_cuda_open(int device,
+                                    enum lr_dtype act_dtype,
+                                    const struct lr_kernel_ops **out,
+                                    struct lr_exec *exec,
+                                    struct lr_error *err)
 {
     (void)device;
+    (void)act_dtype;
     (void)out;
     (void)exec;
     return lr_fail(err, LR_UNSUPPORTED, "this build has no CUDA backend (configure with -DLR_CUDA=ON)");

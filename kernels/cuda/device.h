@@ -1,6 +1,6 @@
 /* The opened device without the table: what the table is made of, and what tests and benchmarks of single slots link.
  *
- *   table.c      the slots and the memory     lr_kernels_cuda_open
+ *   open.c       a table of slots             lr_kernels_cuda_open
  *   backend.cu   stream, ring, scratch        lr_cuda_device_open     <- here
  *   memory.cu    reserve, copies, waits       lr_cuda_memory          <- here
  *

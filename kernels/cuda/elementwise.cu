@@ -2,9 +2,7 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/rows.cuh"
 
-#include <cuda_fp16.h>
-
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 /* ---- embed: y [n_rows, d] float32 = table[ids], four columns a unit ---- */
@@ -14,7 +12,7 @@ static __device__ __forceinline__ float widen(float x)
     return x;
 }
 
-static __device__ __forceinline__ float widen(bf16 x)
+static __device__ __forceinline__ float widen(__nv_bfloat16 x)
 {
     return __bfloat162float(x);
 }
@@ -91,7 +89,7 @@ static __global__ void __launch_bounds__(ROW_THREADS) sigmoid_gate_kernel(const 
                                                                           uint32_t n_units)
 {
     struct piece x[GATE_UNITS], gate[GATE_UNITS];
-    bf16 *to[GATE_UNITS];
+    act *to[GATE_UNITS];
     int n[GATE_UNITS];
 #pragma unroll
     for (int u = 0; u < GATE_UNITS; u++) {
@@ -99,10 +97,10 @@ static __global__ void __launch_bounds__(ROW_THREADS) sigmoid_gate_kernel(const 
         const uint32_t index = row_pieces.of(unit), in_row = unit - index * row_pieces.d, head = head_pieces.of(in_row);
         const int64_t row = index, column = (in_row - head * head_pieces.d) * 8, in_x = head * a.head_dim + column;
         n[u] = unit < n_units ? static_cast<int>(a.head_dim - column) : 0;
-        to[u] = static_cast<bf16 *>(a.y) + row * a.y_stride + in_x;
-        x[u] = load_piece<ALIGNED>(static_cast<const bf16 *>(a.x) + row * a.x_stride + in_x, n[u]);
+        to[u] = static_cast<act *>(a.y) + row * a.y_stride + in_x;
+        x[u] = load_piece<ALIGNED>(static_cast<const act *>(a.x) + row * a.x_stride + in_x, n[u]);
         gate[u] = load_piece<ALIGNED>(
-            static_cast<const bf16 *>(a.gate) + row * a.gate_stride + head * a.gate_head_stride + column, n[u]);
+            static_cast<const act *>(a.gate) + row * a.gate_stride + head * a.gate_head_stride + column, n[u]);
     }
 #pragma unroll
     for (int u = 0; u < GATE_UNITS; u++) {
@@ -128,16 +126,16 @@ static __global__ void __launch_bounds__(ROW_THREADS) delta_gates_kernel(const s
     const int64_t head = blockIdx.y * static_cast<int64_t>(blockDim.x) + threadIdx.x;
     if (head >= p.n_heads)
         return;
-    const bf16 *b = static_cast<const bf16 *>(p.b) + (p.b_index != nullptr ? p.b_index[head] : head);
-    const bf16 *a = static_cast<const bf16 *>(p.a) + (p.a_index != nullptr ? p.a_index[head] : head);
+    const act *b = static_cast<const act *>(p.b) + (p.b_index != nullptr ? p.b_index[head] : head);
+    const act *a = static_cast<const act *>(p.a) + (p.a_index != nullptr ? p.a_index[head] : head);
     const float rate = -expf(p.a_log[head]), dt_bias = p.dt_bias[head];
     const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.y * GATE_ROWS) + threadIdx.y;
     float raw_b[GATE_ROWS], raw_a[GATE_ROWS];
 #pragma unroll
     for (int i = 0; i < GATE_ROWS; i++) {
         const int64_t row = first + i * static_cast<int64_t>(blockDim.y);
-        raw_b[i] = row < p.n_rows ? __bfloat162float(b[row * p.ba_stride]) : 0.0f;
-        raw_a[i] = row < p.n_rows ? __bfloat162float(a[row * p.ba_stride]) : 0.0f;
+        raw_b[i] = row < p.n_rows ? from_act(b[row * p.ba_stride]) : 0.0f;
+        raw_a[i] = row < p.n_rows ? from_act(a[row * p.ba_stride]) : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < GATE_ROWS; i++) {
@@ -149,9 +147,9 @@ static __global__ void __launch_bounds__(ROW_THREADS) delta_gates_kernel(const s
     }
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_embed(const struct lr_exec *exec,
+void LR_CUDA(embed)(const struct lr_exec *exec,
                    const void *table,
                    enum lr_dtype dtype,
                    int64_t d,
@@ -168,7 +166,7 @@ void lr_cuda_embed(const struct lr_exec *exec,
             if (dtype == LR_F32)
                 lr::embed<float>(exec, table, d, copy, n, y + first * d);
             else if (dtype == LR_BF16)
-                lr::embed<lr::bf16>(exec, table, d, copy, n, y + first * d);
+                lr::embed<__nv_bfloat16>(exec, table, d, copy, n, y + first * d);
             else
                 lr::embed<__half>(exec, table, d, copy, n, y + first * d);
         }
@@ -176,7 +174,7 @@ void lr_cuda_embed(const struct lr_exec *exec,
     lr_cuda_note(exec, cudaGetLastError(), "embed");
 }
 
-void lr_cuda_sigmoid_gate(const struct lr_exec *exec, const struct lr_sigmoid_gate_args *args)
+void LR_CUDA(sigmoid_gate)(const struct lr_exec *exec, const struct lr_sigmoid_gate_args *args)
 {
     const bool aligned =
         lr::are_aligned(16, args->x, args->gate, args->y) &&
@@ -184,9 +182,9 @@ void lr_cuda_sigmoid_gate(const struct lr_exec *exec, const struct lr_sigmoid_ga
     const int64_t head_pieces = (args->head_dim + 7) / 8, row_pieces = args->n_heads * head_pieces;
     lr::for_row_slices(args->n_rows, row_pieces, [&](int64_t first, int64_t n) {
         struct lr_sigmoid_gate_args a = *args;
-        a.x = static_cast<const lr::bf16 *>(a.x) + first * a.x_stride;
-        a.gate = static_cast<const lr::bf16 *>(a.gate) + first * a.gate_stride;
-        a.y = static_cast<lr::bf16 *>(a.y) + first * a.y_stride;
+        a.x = static_cast<const lr::act *>(a.x) + first * a.x_stride;
+        a.gate = static_cast<const lr::act *>(a.gate) + first * a.gate_stride;
+        a.y = static_cast<lr::act *>(a.y) + first * a.y_stride;
         const uint32_t n_units = static_cast<uint32_t>(n * row_pieces);
         const auto kernel = aligned ? lr::sigmoid_gate_kernel<true> : lr::sigmoid_gate_kernel<false>;
         kernel<<<lr::blocks_for(n_units, lr::GATE_UNITS * lr::ROW_THREADS), lr::ROW_THREADS, 0, lr::stream_of(exec)>>>(
@@ -195,7 +193,7 @@ void lr_cuda_sigmoid_gate(const struct lr_exec *exec, const struct lr_sigmoid_ga
     lr_cuda_note(exec, cudaGetLastError(), "sigmoid_gate");
 }
 
-void lr_cuda_delta_gates(const struct lr_exec *exec, const struct lr_delta_gates_args *args)
+void LR_CUDA(delta_gates)(const struct lr_exec *exec, const struct lr_delta_gates_args *args)
 {
     if (args->n_rows <= 0 || args->n_heads <= 0)
         return;

@@ -1,6 +1,6 @@
 /* Mixture of experts over sorted rows: hidden = act(gate x) * (up x), then y = down hidden. Two launches of the product
  * in gemm_product.cuh; the first computes a tile of gate and the same tile of up side by side in one accumulator, so
- * that SwiGLU needs no memory and hidden is written once, in bf16:
+ * that SwiGLU needs no memory and hidden is written once, in the activation type:
  *
  *   stage:  x [128 x 64] | gate [C/2 x 64]     sum: gate columns | up columns   ->  hidden [128 x C/2]
  *                        | up   [C/2 x 64]
@@ -10,7 +10,7 @@
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/gemm_product.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 /* Bytes between the weights of two experts. */
@@ -33,10 +33,10 @@ static matrix_view rows_view(const void *rows, int64_t n_rows, int64_t n)
 static cudaError_t experts_plain(cudaStream_t stream, const struct lr_experts_args &args)
 {
     plain_params p = {};
-    p.a = static_cast<const __nv_bfloat16 *>(args.x);
+    p.a = static_cast<const act *>(args.x);
     p.a_stride = p.k = args.gate->k;
-    p.w = static_cast<const __nv_bfloat16 *>(args.gate->data);
-    p.up = static_cast<const __nv_bfloat16 *>(args.up->data);
+    p.w = static_cast<const act *>(args.gate->data);
+    p.up = static_cast<const act *>(args.up->data);
     p.w_stride = weight_stride(p.k);
     p.batch_elements = distance(args.gate, args.n_experts) / 2;
     p.offsets = args.offsets;
@@ -48,9 +48,9 @@ static cudaError_t experts_plain(cudaStream_t stream, const struct lr_experts_ar
     const cudaError_t error = launch_plain_product(stream, p);
     if (error != cudaSuccess)
         return error;
-    p.a = static_cast<const __nv_bfloat16 *>(args.hidden);
+    p.a = static_cast<const act *>(args.hidden);
     p.a_stride = p.k = args.down->k;
-    p.w = static_cast<const __nv_bfloat16 *>(args.down->data);
+    p.w = static_cast<const act *>(args.down->data);
     p.up = nullptr;
     p.w_stride = weight_stride(p.k);
     p.batch_elements = distance(args.down, args.n_experts) / 2;
@@ -120,9 +120,9 @@ static cudaError_t experts(const struct lr_exec *exec, const struct lr_experts_a
     return error == cudaSuccess ? down(exec, args, n_row_ends) : error;
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_experts(const struct lr_exec *exec, const struct lr_experts_args *args)
+void LR_CUDA(experts)(const struct lr_exec *exec, const struct lr_experts_args *args)
 {
     if (args->n_rows > 0)
         lr_cuda_note(exec, lr::experts(exec, *args), "experts");

@@ -7,7 +7,7 @@
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/gemm_product.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 template <output_kind OUTPUT>
@@ -27,9 +27,9 @@ static cudaError_t launch_gemm(const struct lr_exec *exec, product_params &p, co
 static cudaError_t gemm_plain(cudaStream_t stream, const struct lr_gemm_args &args)
 {
     plain_params p = {};
-    p.a = static_cast<const __nv_bfloat16 *>(args.a);
+    p.a = static_cast<const act *>(args.a);
     p.a_stride = args.a_stride;
-    p.w = static_cast<const __nv_bfloat16 *>(args.w->data);
+    p.w = static_cast<const act *>(args.w->data);
     p.w_stride = weight_stride(args.w->k);
     p.n_rows = args.n_rows;
     p.n = args.w->n;
@@ -68,9 +68,9 @@ static cudaError_t gemm(const struct lr_exec *exec, const struct lr_gemm_args &a
                      : launch_gemm<output_kind::BF16>(exec, p, operands, general);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_gemm(const struct lr_exec *exec, const struct lr_gemm_args *args)
+void LR_CUDA(gemm)(const struct lr_exec *exec, const struct lr_gemm_args *args)
 {
     if (args->n_rows > 0)
         lr_cuda_note(exec, lr::gemm(exec, *args), "gemm");

@@ -2,11 +2,11 @@
 #ifndef LR_KERNELS_CUDA_GEMM_H
 #define LR_KERNELS_CUDA_GEMM_H
 
+#include "kernels/cuda/act.h"
 #include "kernels/cuda/tma.h"
 #include "kernels/ops.h"
-#include <cuda_bf16.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 /* Elements between two rows of a packed weight: k rounded up to whole 16 bytes, which is what the copy engine and
@@ -31,9 +31,9 @@ static inline bool stores_are_wide(const void *y, int64_t y_stride, int64_t n, i
  * `up` it is the first half of SwiGLU; with `offsets` the weights are those of the row's expert, batch_elements apart.
  * Correct for everything, and slow. */
 struct plain_params {
-    const __nv_bfloat16 *a;
+    const act *a;
     int64_t a_stride;
-    const __nv_bfloat16 *w, *up;
+    const act *w, *up;
     int64_t w_stride, batch_elements;
     const int64_t *offsets;
     int64_t n_experts;
@@ -47,6 +47,6 @@ struct plain_params {
 
 cudaError_t launch_plain_product(cudaStream_t stream, const plain_params &p);
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

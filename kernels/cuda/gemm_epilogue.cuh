@@ -3,8 +3,8 @@
  *
  *   sum[4 i + 2 h + c]: row  16 warp + lane / 4 + 8 h,  column  8 i + 2 (lane mod 4) + c
  *
- * bf16, 64 rows:  through shared memory, from which the copy engine writes while the warpgroup multiplies on
- * bf16, fewer:    the copy engine would overwrite the next expert's rows. Quads of lanes exchange four pieces of 8
+ * activations, 64 rows:  through shared memory, from which the copy engine writes while the warpgroup multiplies on
+ * activations, fewer:    the copy engine would overwrite the next expert's rows. Quads of lanes exchange four pieces of 8
  *                 columns, after which every lane stores 16 bytes and a quad 64 bytes of a row in one instruction
  * float32:        a quad has 32 bytes of a row
  *
@@ -15,7 +15,7 @@
 #include "kernels/cuda/tma.cuh"
 #include "kernels/ops.h"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int STAGING_COLUMNS = 128;
@@ -88,7 +88,7 @@ static __device__ __forceinline__ void quad_transpose(uint32_t (&w)[4], int lane
     }
 }
 
-/* Four 8x8 blocks of bf16: lane l gives the address of row l mod 8 of block l / 8. */
+/* Four 8x8 blocks of 16 bits: lane l gives the address of row l mod 8 of block l / 8. */
 static __device__ __forceinline__ void store_blocks(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
 {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b),
@@ -96,7 +96,7 @@ static __device__ __forceinline__ void store_blocks(uint32_t shared, uint32_t a,
                  : "memory");
 }
 
-/* N columns of 64 rows as bf16 through `staging`, the warpgroup's own STAGING_BYTES, as many columns at a time as it
+/* N columns of 64 rows as activations through `staging`, the warpgroup's own STAGING_BYTES, as many columns at a time as it
  * holds. Returns while the copy engine still reads the last of them. */
 template <int N, int SIZE>
 static __device__ __forceinline__ void store_boxes(const product_params &p, const float (&sum)[SIZE], int row,
@@ -114,8 +114,8 @@ static __device__ __forceinline__ void store_boxes(const product_params &p, cons
         for (int i = 0; i < WIDTH / 16; i++) {
             const float *x = &sum[4 * (first / 8 + 2 * i)];
             const uint32_t at = staging + i / 4 * (64 * 128) + swizzled(own_row, i % 4 * 2 + lane / 16);
-            store_blocks(at, pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
-                         pack_bf16(x[6], x[7]));
+            store_blocks(at, pack_act(x[0], x[1]), pack_act(x[2], x[3]), pack_act(x[4], x[5]),
+                         pack_act(x[6], x[7]));
         }
         fence_to_wgmma(); /* and to the copy engine */
         named_barrier(barrier, 128);
@@ -128,13 +128,13 @@ static __device__ __forceinline__ void store_boxes(const product_params &p, cons
     }
 }
 
-/* The first 2 N sums as bf16. */
+/* The first 2 N sums as activations. */
 template <int N, int SIZE>
 static __device__ __forceinline__ void store_pieces(const product_params &p, const float (&sum)[SIZE], int64_t row,
                                                     int n_rows, int first_column)
 {
     const int lane = threadIdx.x % 32, own_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-    __nv_bfloat16 *y = static_cast<__nv_bfloat16 *>(p.y) + (row + own_row) * p.y_stride + first_column + 8 * (lane % 4);
+    act *y = static_cast<act *>(p.y) + (row + own_row) * p.y_stride + first_column + 8 * (lane % 4);
     const int n_columns = p.n_columns - first_column - 8 * (lane % 4);
 #pragma unroll
     for (int block = 0; block < N / 32; block++)
@@ -143,7 +143,7 @@ static __device__ __forceinline__ void store_pieces(const product_params &p, con
             uint32_t w[4];
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                w[j] = pack_bf16(sum[4 * (4 * block + j) + 2 * h], sum[4 * (4 * block + j) + 2 * h + 1]);
+                w[j] = pack_act(sum[4 * (4 * block + j) + 2 * h], sum[4 * (4 * block + j) + 2 * h + 1]);
             quad_transpose(w, lane);
             if (own_row + 8 * h < n_rows && 32 * block < n_columns)
                 *reinterpret_cast<uint4 *>(y + 8 * h * p.y_stride + 32 * block) = make_uint4(w[0], w[1], w[2], w[3]);
@@ -214,8 +214,8 @@ static __device__ __forceinline__ void store_elements(const product_params &p, c
             float *y = static_cast<float *>(p.y) + at;
             *y = p.accumulate ? *y + sum[i] : sum[i];
         } else {
-            __nv_bfloat16 *y = static_cast<__nv_bfloat16 *>(p.y) + at;
-            *y = __float2bfloat16_rn(p.accumulate ? __bfloat162float(*y) + sum[i] : sum[i]);
+            act *y = static_cast<act *>(p.y) + at;
+            *y = to_act(p.accumulate ? from_act(*y) + sum[i] : sum[i]);
         }
     }
 }
@@ -237,8 +237,8 @@ static __device__ __forceinline__ void add_bias(const product_params &p, float (
         }
 }
 
-/* The warpgroup's n_rows (1..64) rows from `row` on. Without GENERAL: no activation (SwiGLU: SiLU), bf16 is not
- * accumulated, and y may be written in pieces of 8 elements (bf16), of 2 (float32). `barrier` is the warpgroup's
+/* The warpgroup's n_rows (1..64) rows from `row` on. Without GENERAL: no activation (SwiGLU: SiLU), an activation is not
+ * accumulated, and y may be written in pieces of 8 elements (activations), of 2 (float32). `barrier` is the warpgroup's
  * named barrier, `staging` its own shared memory. */
 template <output_kind OUTPUT, bool GENERAL, int SIZE>
 static __device__ __forceinline__ void store_tile(const product_params &p, float (&sum)[SIZE], int64_t row, int n_rows,
@@ -267,6 +267,6 @@ static __device__ __forceinline__ void store_tile(const product_params &p, float
         store_pieces<N>(p, sum, row, n_rows, first_column);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

@@ -2,7 +2,7 @@
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/gemm_epilogue.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int WARPS = 8;
@@ -24,12 +24,12 @@ static __device__ int64_t expert_of(const plain_params &p, int64_t row)
     return low < p.n_experts ? low : -1;
 }
 
-static __device__ float dot(const __nv_bfloat16 *a, const __nv_bfloat16 *w, int64_t k)
+static __device__ float dot(const act *a, const act *w, int64_t k)
 {
     const int lane = threadIdx.x % 32;
     float sum = 0.0f;
     for (int64_t i = lane; i < k; i += 32)
-        sum = fmaf(__bfloat162float(a[i]), __bfloat162float(w[i]), sum);
+        sum = fmaf(from_act(a[i]), from_act(w[i]), sum);
     for (int step = 16; step > 0; step /= 2)
         sum += __shfl_xor_sync(0xffffffffu, sum, step);
     return sum;
@@ -54,8 +54,8 @@ static __global__ void plain_kernel(const plain_params p)
             float *y = static_cast<float *>(p.y) + at;
             *y = p.accumulate ? *y + x : x;
         } else {
-            __nv_bfloat16 *y = static_cast<__nv_bfloat16 *>(p.y) + at;
-            *y = __float2bfloat16_rn(p.accumulate ? __bfloat162float(*y) + x : x);
+            act *y = static_cast<act *>(p.y) + at;
+            *y = to_act(p.accumulate ? from_act(*y) + x : x);
         }
     }
 }
@@ -67,4 +67,4 @@ cudaError_t launch_plain_product(cudaStream_t stream, const plain_params &p)
     return cudaGetLastError();
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT

@@ -19,7 +19,7 @@
 #include "kernels/cuda/gemm_wgmma.cuh"
 #include "kernels/cuda/tma.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int TILE_K = 64; /* columns of a stage: one swizzled block */
@@ -55,7 +55,7 @@ template <class SHAPE, output_kind OUTPUT>
 constexpr int OUTPUT_COLUMNS = OUTPUT == output_kind::SWIGLU ? SHAPE::COLUMNS / 2 : SHAPE::COLUMNS;
 
 /* What the tensor maps are made of, on the host: a [n_rows, k]; W or, with SwiGLU, gate and up [n_experts, n, k];
- * y [n_rows, n] if it is bf16. */
+ * y [n_rows, n] if it is not float32. */
 struct product_operands {
     matrix_view a, b[2], y;
 };
@@ -297,6 +297,6 @@ static inline bool fills_device(int64_t n_rows, int64_t n_columns, int64_t n_exp
            divide_up(n_rows, TILE_ROWS) * divide_up(n_columns, tile_columns) >= n_multiprocessors;
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

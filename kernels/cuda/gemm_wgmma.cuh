@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 static __device__ __forceinline__ void wgmma_shared(float (&d)[32], uint64_t a, uint64_t b, bool accumulate)
@@ -17,7 +17,7 @@ static __device__ __forceinline__ void wgmma_shared(float (&d)[32], uint64_t a, 
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." LR_CUDA_MMA "." LR_CUDA_MMA " "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
                  " %8, %9, %10, %11, %12, %13, %14, %15, "
                  " %16, %17, %18, %19, %20, %21, %22, %23, "
@@ -40,7 +40,7 @@ static __device__ __forceinline__ void wgmma_shared(float (&d)[64], uint64_t a, 
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." LR_CUDA_MMA "." LR_CUDA_MMA " "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
                  " %8, %9, %10, %11, %12, %13, %14, %15, "
                  " %16, %17, %18, %19, %20, %21, %22, %23, "
@@ -75,7 +75,7 @@ static __device__ __forceinline__ void wgmma_shared(float (&d)[128], uint64_t a,
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %130, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." LR_CUDA_MMA "." LR_CUDA_MMA " "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
                  " %8, %9, %10, %11, %12, %13, %14, %15, "
                  " %16, %17, %18, %19, %20, %21, %22, %23, "
@@ -129,6 +129,6 @@ static __device__ __forceinline__ void wgmma_shared(float (&d)[128], uint64_t a,
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

@@ -1,15 +1,16 @@
 /* The Hopper instructions that our kernels use, one inline function each: wgmma, mbarrier, cp.async, ldmatrix, fences.
- * Tiles in shared memory are blocks of 64 columns of bf16 (rows of 128 bytes) in the 128-byte swizzle that wgmma reads:
+ * Tiles in shared memory are blocks of 64 columns of activations (rows of 128 bytes) in the 128-byte swizzle that wgmma reads:
  * the 16-byte piece p of row r lies at piece p ^ (r mod 8). A block starts on a multiple of 1024 bytes.
  *
  * Device code only. wgmma needs sm_90a. */
 #ifndef LR_KERNELS_CUDA_HOPPER_CUH
 #define LR_KERNELS_CUDA_HOPPER_CUH
 
-#include <cuda_bf16.h>
+#include "kernels/cuda/act.h"
+
 #include <stdint.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 static __device__ __forceinline__ uint32_t shared_address(const void *pointer)
@@ -111,7 +112,7 @@ template <int N> static __device__ __forceinline__ void registers_shrink()
 
 /* ---- small matrices ----------------------------------------------------------------------------------------------- */
 
-/* Four 8x8 blocks of bf16, transposed: lane l gives the address of row l mod 8 of block l / 8. */
+/* Four 8x8 blocks of 16 bits, transposed: lane l gives the address of row l mod 8 of block l / 8. */
 static __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t shared)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -125,24 +126,6 @@ static __device__ __forceinline__ void store_transposed(uint32_t shared, const u
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(r[0]),
                  "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
-}
-
-/* Two floats as bf16, `low` in the lower half. */
-static __device__ __forceinline__ uint32_t pack_bf16(float low, float high)
-{
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-
-static __device__ __forceinline__ float low_of(uint32_t packed)
-{
-    return __uint_as_float(packed << 16);
-}
-
-static __device__ __forceinline__ float high_of(uint32_t packed)
-{
-    return __uint_as_float(packed & 0xffff0000u);
 }
 
 static __device__ __forceinline__ float exp2_fast(float x)
@@ -183,7 +166,7 @@ static __device__ __forceinline__ void wgmma_n64_shared(float (&d)[32], uint64_t
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." LR_CUDA_MMA "." LR_CUDA_MMA " "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
                  " %8, %9, %10, %11, %12, %13, %14, %15, "
                  " %16, %17, %18, %19, %20, %21, %22, %23, "
@@ -209,7 +192,7 @@ static __device__ __forceinline__ void wgmma_n64(float (&d)[32], const uint32_t 
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." LR_CUDA_MMA "." LR_CUDA_MMA " "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
                  " %8, %9, %10, %11, %12, %13, %14, %15, "
                  " %16, %17, %18, %19, %20, %21, %22, %23, "
@@ -236,7 +219,7 @@ static __device__ __forceinline__ void wgmma_n128(float (&d)[64], const uint32_t
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %69, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." LR_CUDA_MMA "." LR_CUDA_MMA " "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
                  " %8, %9, %10, %11, %12, %13, %14, %15, "
                  " %16, %17, %18, %19, %20, %21, %22, %23, "
@@ -267,6 +250,6 @@ static __device__ __forceinline__ void wgmma_n128(float (&d)[64], const uint32_t
                    "n"(TRANSPOSED));
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

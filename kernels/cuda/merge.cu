@@ -10,7 +10,7 @@
 
 #include <math.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int MERGE_WARPS = 16;
@@ -100,13 +100,13 @@ __global__ void merge_finish_kernel(const lr_merge_args a)
         return;
     const int64_t *sums = a.sums + at * (a.head_dim + 1);
     const float l = static_cast<float>(sums[a.head_dim]);
-    __nv_bfloat16 *y = static_cast<__nv_bfloat16 *>(a.y) + at / a.n_heads * a.y_stride + at % a.n_heads * a.head_dim;
-    y[d] = __float2bfloat16_rn(l != 0.0f ? static_cast<float>(sums[d]) / l : 0.0f);
+    act *y = static_cast<act *>(a.y) + at / a.n_heads * a.y_stride + at % a.n_heads * a.head_dim;
+    y[d] = to_act(l != 0.0f ? static_cast<float>(sums[d]) / l : 0.0f);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_merge_bounds(const struct lr_exec *exec, const struct lr_merge_args *args)
+void LR_CUDA(merge_bounds)(const struct lr_exec *exec, const struct lr_merge_args *args)
 {
     const int64_t n = args->n_rows * args->n_heads;
     if (n == 0)
@@ -116,7 +116,7 @@ void lr_cuda_merge_bounds(const struct lr_exec *exec, const struct lr_merge_args
     lr_cuda_note(exec, cudaGetLastError(), "merge_bounds");
 }
 
-void lr_cuda_merge_accumulate(const struct lr_exec *exec, const struct lr_merge_args *args)
+void LR_CUDA(merge_accumulate)(const struct lr_exec *exec, const struct lr_merge_args *args)
 {
     const int64_t n = args->n_rows * args->n_heads;
     if (n == 0)
@@ -126,7 +126,7 @@ void lr_cuda_merge_accumulate(const struct lr_exec *exec, const struct lr_merge_
     lr_cuda_note(exec, cudaGetLastError(), "merge_accumulate");
 }
 
-void lr_cuda_merge_finish(const struct lr_exec *exec, const struct lr_merge_args *args)
+void LR_CUDA(merge_finish)(const struct lr_exec *exec, const struct lr_merge_args *args)
 {
     const int64_t n = args->n_rows * args->n_heads * args->head_dim;
     if (n == 0)

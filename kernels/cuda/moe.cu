@@ -1,9 +1,9 @@
 /* Row gathering and the weighted sum that brings expert outputs home. */
 #include "kernels/cuda/backend.h"
 
-#include <cuda_bf16.h>
+#include "kernels/cuda/act.h"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int WARPS = 4;
@@ -48,11 +48,11 @@ static cudaError_t launch_gather(cudaStream_t stream, const void *x, size_t row_
 
 /* ---- combine: a thread has COLUMNS neighbouring columns of a row ---- */
 
-template <int COLUMNS> struct bf16_piece;
-template <> struct bf16_piece<8> {
+template <int COLUMNS> struct act_piece;
+template <> struct act_piece<8> {
     typedef uint4 type;
 };
-template <> struct bf16_piece<1> {
+template <> struct act_piece<1> {
     typedef uint16_t type;
 };
 
@@ -61,20 +61,20 @@ static __device__ __forceinline__ void fold(float (&sum)[8], float w, uint4 piec
     const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        sum[2 * i] = fmaf(w, __uint_as_float(words[i] << 16), sum[2 * i]);
-        sum[2 * i + 1] = fmaf(w, __uint_as_float(words[i] & 0xffff0000u), sum[2 * i + 1]);
+        sum[2 * i] = fmaf(w, low_of(words[i]), sum[2 * i]);
+        sum[2 * i + 1] = fmaf(w, high_of(words[i]), sum[2 * i + 1]);
     }
 }
 
 static __device__ __forceinline__ void fold(float (&sum)[1], float w, uint16_t piece)
 {
-    sum[0] = fmaf(w, __uint_as_float(static_cast<uint32_t>(piece) << 16), sum[0]);
+    sum[0] = fmaf(w, low_of(piece), sum[0]);
 }
 
 template <int COLUMNS>
 static __global__ void __launch_bounds__(256) combine_kernel(const lr_moe_combine_args args)
 {
-    typedef typename bf16_piece<COLUMNS>::type piece;
+    typedef typename act_piece<COLUMNS>::type piece;
     constexpr int BATCH = 4; /* rows of y under way together */
     const int64_t n_pieces = args.d / COLUMNS, n = args.n_rows * n_pieces;
     const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
@@ -133,9 +133,9 @@ static cudaError_t combine(cudaStream_t stream, const lr_moe_combine_args &args)
     return cudaGetLastError();
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_gather_rows(const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows,
+void LR_CUDA(gather_rows)(const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows,
                          int64_t n_rows, void *y)
 {
     if (n_rows == 0 || row_bytes == 0)
@@ -147,7 +147,7 @@ void lr_cuda_gather_rows(const struct lr_exec *exec, const void *x, size_t row_b
     lr_cuda_note(exec, error, "gather_rows");
 }
 
-void lr_cuda_moe_combine(const struct lr_exec *exec, const struct lr_moe_combine_args *args)
+void LR_CUDA(moe_combine)(const struct lr_exec *exec, const struct lr_moe_combine_args *args)
 {
     if (args->n_rows > 0)
         lr_cuda_note(exec, lr::combine(static_cast<cudaStream_t>(exec->stream), *args), "moe_combine");

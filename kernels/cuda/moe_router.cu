@@ -10,7 +10,7 @@
 #include <cuda_runtime.h>
 #include <math.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int WARPS = 4;
@@ -209,9 +209,9 @@ static cudaError_t route(cudaStream_t stream, const lr_router_args &args)
     return cudaGetLastError();
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_router(const struct lr_exec *exec, const struct lr_router_args *args)
+void LR_CUDA(router)(const struct lr_exec *exec, const struct lr_router_args *args)
 {
     if (args->n_rows > 0)
         lr_cuda_note(exec, lr::route(static_cast<cudaStream_t>(exec->stream), *args), "router");

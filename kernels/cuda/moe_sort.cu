@@ -12,7 +12,7 @@
 
 #include <cuda_runtime.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int64_t CHUNK_PAIRS = 512;
@@ -129,9 +129,9 @@ static cudaError_t sort(const struct lr_exec *exec, const struct lr_expert_sort_
     return cudaGetLastError();
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_expert_sort(const struct lr_exec *exec, const struct lr_expert_sort_args *args)
+void LR_CUDA(expert_sort)(const struct lr_exec *exec, const struct lr_expert_sort_args *args)
 {
     lr_cuda_note(exec, lr::sort(exec, *args), "expert_sort");
 }

@@ -1,4 +1,4 @@
-/* RMSNorm of the residual stream: float32 in, bf16 out. A row stays in registers between its sum and its use:
+/* RMSNorm of the residual stream: float32 in, activations out. A row stays in registers between its sum and its use:
  *
  *   thread t of the row's WARPS * 32 holds columns 4 (t + i * threads) .. + 3, i < QUADS
  *
@@ -6,7 +6,7 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/rows.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 template <bool ALIGNED> static __device__ __forceinline__ float4 load_quad(const float *x, int64_t n)
@@ -16,18 +16,18 @@ template <bool ALIGNED> static __device__ __forceinline__ float4 load_quad(const
     return make_float4(n > 0 ? x[0] : 0.0f, n > 1 ? x[1] : 0.0f, n > 2 ? x[2] : 0.0f, n > 3 ? x[3] : 0.0f);
 }
 
-template <bool ALIGNED> static __device__ __forceinline__ void store_quad(bf16 *y, const float4 &x, int64_t n)
+template <bool ALIGNED> static __device__ __forceinline__ void store_quad(act *y, const float4 &x, int64_t n)
 {
     if (ALIGNED) {
         if (n > 0)
-            *reinterpret_cast<uint2 *>(y) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
+            *reinterpret_cast<uint2 *>(y) = make_uint2(pack_act(x.x, x.y), pack_act(x.z, x.w));
         return;
     }
     const float values[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int i = 0; i < 4; i++)
         if (i < n)
-            y[i] = __float2bfloat16_rn(values[i]);
+            y[i] = to_act(values[i]);
 }
 
 static __device__ __forceinline__ float sum_of_squares(const float4 &x, float sum)
@@ -84,7 +84,7 @@ static __global__ void __launch_bounds__(row_spread<WARPS>::THREADS *row_spread<
     for (int i = 0; i < QUADS; i++)
         sum = sum_of_squares(quads[i], sum);
     const float scale = rsqrtf(row_sum<WARPS>(sum) / static_cast<float>(a.n_cols) + a.eps);
-    bf16 *y = static_cast<bf16 *>(a.y) + row * a.y_stride;
+    act *y = static_cast<act *>(a.y) + row * a.y_stride;
 #pragma unroll
     for (int i = 0; i < QUADS; i++) {
         const int64_t column = first + i * THREADS * 4, left = a.n_cols - column;
@@ -98,7 +98,7 @@ template <bool ALIGNED>
 static __global__ void __launch_bounds__(512) rmsnorm_long_kernel(const struct lr_rmsnorm_args a)
 {
     const float *x = a.x + blockIdx.x * a.x_stride;
-    bf16 *y = static_cast<bf16 *>(a.y) + blockIdx.x * a.y_stride;
+    act *y = static_cast<act *>(a.y) + blockIdx.x * a.y_stride;
     float sum = 0.0f;
     for (int64_t column = threadIdx.x * 4; column < a.n_cols; column += 512 * 4)
         sum = sum_of_squares(load_quad<ALIGNED>(x + column, a.n_cols - column), sum);
@@ -137,9 +137,9 @@ template <bool ALIGNED> static void rmsnorm(cudaStream_t stream, const struct lr
         rmsnorm_long_kernel<ALIGNED><<<static_cast<unsigned>(args.n_rows), 512, 0, stream>>>(args);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_rmsnorm(const struct lr_exec *exec, const struct lr_rmsnorm_args *args)
+void LR_CUDA(rmsnorm)(const struct lr_exec *exec, const struct lr_rmsnorm_args *args)
 {
     if (args->n_rows <= 0 || args->n_cols <= 0)
         return;

@@ -3,7 +3,7 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/rows.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 /* A head of a row: where it lies, and whether it exists. */
@@ -35,8 +35,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
         for (int i = 0; i < S::PIECES; i++) {
             const int64_t at = start + S::column(i);
             const int left = h.n - S::column(i);
-            x[u][i] = load_piece<S::ALIGNED>(static_cast<const bf16 *>(a.x) + h.row * a.x_stride + at, left);
-            z[u][i] = load_piece<S::ALIGNED>(static_cast<const bf16 *>(a.z) + h.row * a.z_stride + at, left);
+            x[u][i] = load_piece<S::ALIGNED>(static_cast<const act *>(a.x) + h.row * a.x_stride + at, left);
+            z[u][i] = load_piece<S::ALIGNED>(static_cast<const act *>(a.z) + h.row * a.z_stride + at, left);
         }
     }
 #pragma unroll
@@ -55,7 +55,7 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 #pragma unroll
             for (int j = 0; j < 8; j++)
                 y.v[j] = x[u][i].v[j] * scale * w.v[j] * (z[u][i].v[j] * sigmoid_fast(z[u][i].v[j]));
-            bf16 *out = static_cast<bf16 *>(a.y) + h.row * a.y_stride + static_cast<int64_t>(h.index) * head_dim;
+            act *out = static_cast<act *>(a.y) + h.row * a.y_stride + static_cast<int64_t>(h.index) * head_dim;
             store_piece<S::ALIGNED>(out + S::column(i), y, left);
         }
     }
@@ -67,12 +67,12 @@ static __global__ void __launch_bounds__(ROW_THREADS)
 {
     const int head_dim = static_cast<int>(a.head_dim);
     struct piece x[S::UNITS][S::PIECES];
-    bf16 *base[S::UNITS];
+    act *base[S::UNITS];
     int n[S::UNITS];
 #pragma unroll
     for (int u = 0; u < S::UNITS; u++) {
         const struct head h = head_of(S::unit(u), n_units, n_heads, head_dim);
-        base[u] = static_cast<bf16 *>(a.x) + h.row * a.x_stride + static_cast<int64_t>(h.index) * head_dim;
+        base[u] = static_cast<act *>(a.x) + h.row * a.x_stride + static_cast<int64_t>(h.index) * head_dim;
         n[u] = h.n;
 #pragma unroll
         for (int i = 0; i < S::PIECES; i++)
@@ -103,7 +103,7 @@ struct partner {
 
 template <bool ALIGNED>
 static __device__ __forceinline__ struct partner
-load_partner(const struct lr_norm_rope_args &a, const bf16 *x, int64_t row, int column, int n)
+load_partner(const struct lr_norm_rope_args &a, const act *x, int64_t row, int column, int n)
 {
     const int half = static_cast<int>(a.rotary_dim / 2);
     struct partner p;
@@ -119,7 +119,7 @@ load_partner(const struct lr_norm_rope_args &a, const bf16 *x, int64_t row, int 
         for (int j = 0; j < 8; j++) {
             const int c = column + j;
             const bool there = j < n && c < 2 * half, first = c < half;
-            p.x.v[j] = there ? __bfloat162float(x[first ? c + half : c - half]) : 0.0f;
+            p.x.v[j] = there ? from_act(x[first ? c + half : c - half]) : 0.0f;
             p.w.v[j] = there ? a.w[first ? c + half : c - half] : 0.0f;
             p.cos.v[j] = there ? a.cos[row * half + (first ? c : c - half)] : 0.0f;
             p.sin.v[j] = there ? a.sin[row * half + (first ? c : c - half)] : 0.0f;
@@ -134,7 +134,7 @@ static __global__ void __launch_bounds__(ROW_THREADS, 5)
 {
     const int head_dim = static_cast<int>(a.head_dim), half = static_cast<int>(a.rotary_dim / 2);
     const struct head h = head_of(S::unit(0), n_units, n_heads, head_dim);
-    bf16 *base = static_cast<bf16 *>(a.x) + h.row * a.x_stride + static_cast<int64_t>(h.index) * a.head_stride;
+    act *base = static_cast<act *>(a.x) + h.row * a.x_stride + static_cast<int64_t>(h.index) * a.head_stride;
     struct piece x[S::PIECES];
     struct partner partners[S::PIECES];
     float sum = 0.0f;
@@ -164,17 +164,17 @@ static __global__ void __launch_bounds__(ROW_THREADS, 5)
     }
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_gated_rmsnorm(const struct lr_exec *exec, const struct lr_gated_rmsnorm_args *args)
+void LR_CUDA(gated_rmsnorm)(const struct lr_exec *exec, const struct lr_gated_rmsnorm_args *args)
 {
     const bool aligned = lr::are_aligned(16, args->x, args->z, args->w, args->y) &&
                          (args->x_stride | args->z_stride | args->y_stride | args->head_dim) % 8 == 0;
     lr::for_row_slices(args->n_rows, args->n_heads, [&](int64_t first, int64_t n) {
         struct lr_gated_rmsnorm_args a = *args;
-        a.x = static_cast<const lr::bf16 *>(a.x) + first * a.x_stride;
-        a.z = static_cast<const lr::bf16 *>(a.z) + first * a.z_stride;
-        a.y = static_cast<lr::bf16 *>(a.y) + first * a.y_stride;
+        a.x = static_cast<const lr::act *>(a.x) + first * a.x_stride;
+        a.z = static_cast<const lr::act *>(a.z) + first * a.z_stride;
+        a.y = static_cast<lr::act *>(a.y) + first * a.y_stride;
         const uint32_t n_units = static_cast<uint32_t>(n * a.n_heads);
         lr::with_spread<2>(a.head_dim, aligned, [&](auto spread) {
             using S = decltype(spread);
@@ -186,12 +186,12 @@ void lr_cuda_gated_rmsnorm(const struct lr_exec *exec, const struct lr_gated_rms
     lr_cuda_note(exec, cudaGetLastError(), "gated_rmsnorm");
 }
 
-void lr_cuda_l2norm(const struct lr_exec *exec, const struct lr_l2norm_args *args)
+void LR_CUDA(l2norm)(const struct lr_exec *exec, const struct lr_l2norm_args *args)
 {
     const bool aligned = lr::are_aligned(16, args->x) && (args->x_stride | args->head_dim) % 8 == 0;
     lr::for_row_slices(args->n_rows, args->n_heads, [&](int64_t first, int64_t n) {
         struct lr_l2norm_args a = *args;
-        a.x = static_cast<lr::bf16 *>(a.x) + first * a.x_stride;
+        a.x = static_cast<lr::act *>(a.x) + first * a.x_stride;
         const uint32_t n_units = static_cast<uint32_t>(n * a.n_heads);
         lr::with_spread<2>(a.head_dim, aligned, [&](auto spread) {
             using S = decltype(spread);
@@ -202,13 +202,13 @@ void lr_cuda_l2norm(const struct lr_exec *exec, const struct lr_l2norm_args *arg
     lr_cuda_note(exec, cudaGetLastError(), "l2norm");
 }
 
-void lr_cuda_norm_rope(const struct lr_exec *exec, const struct lr_norm_rope_args *args)
+void LR_CUDA(norm_rope)(const struct lr_exec *exec, const struct lr_norm_rope_args *args)
 {
     const bool aligned = lr::are_aligned(16, args->x, args->w, args->cos, args->sin) &&
                          (args->x_stride | args->head_stride | args->head_dim) % 8 == 0 && args->rotary_dim % 16 == 0;
     lr::for_row_slices(args->n_rows, args->n_heads, [&](int64_t first, int64_t n) {
         struct lr_norm_rope_args a = *args;
-        a.x = static_cast<lr::bf16 *>(a.x) + first * a.x_stride;
+        a.x = static_cast<lr::act *>(a.x) + first * a.x_stride;
         a.cos += first * (a.rotary_dim / 2);
         a.sin += first * (a.rotary_dim / 2);
         const uint32_t n_units = static_cast<uint32_t>(n * a.n_heads);

@@ -1,13 +1,13 @@
 /* The owner of the recurrence's C interface: cuts the launch, lays out work, and sends each shape to its kernels.
  *
- *   work   inverses, bf16 (delta)  |  b  |  m  |  entering          float32, one state a slot and head each
+ *   work   inverses (delta)  |  b  |  m  |  entering          float32, one state a slot and head each
  *
  * Tiles of the tensor cores serve dk = dv = 64 and 128 with 16-byte aligned rows; everything else takes the plain pass,
  * which reads and writes the same slots. */
 #include "kernels/cuda/recurrence_grid.cuh"
 #include "kernels/cuda/recurrence_launch.h"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 static bool tiles_fit(const struct lr_delta_shape &shape)
@@ -27,7 +27,7 @@ struct work_parts {
 
 static int64_t slots(struct lr_delta_shape shape, int64_t n_rows, int64_t n_sequences)
 {
-    const int64_t sub = lr_recurrence_sub_tokens(shape);
+    const int64_t sub = LR_CUDA(recurrence_sub_tokens)(shape);
     return n_sequences == 1 ? (n_rows + sub - 1) / sub : n_rows / sub + n_sequences;
 }
 
@@ -42,7 +42,7 @@ static struct work_parts parts_of(enum lr_recurrence_rule rule, const struct lr_
     const int64_t slot_heads = n_slots * shape.n_v_heads;
     const int64_t state = shape.dk * shape.dv * 4;
     struct work_parts parts;
-    parts.inverses = delta && tiles_fit(shape) ? padded(slot_heads * lr_recurrence_sub_tokens(shape) * CHUNK * 2) : 0;
+    parts.inverses = delta && tiles_fit(shape) ? padded(slot_heads * LR_CUDA(recurrence_sub_tokens)(shape) * CHUNK * 2) : 0;
     parts.b = padded(slot_heads * state);
     parts.m = padded(slot_heads * (delta ? shape.dk * shape.dk * 4 : 4));
     parts.entering = parts.b;
@@ -52,9 +52,9 @@ static struct work_parts parts_of(enum lr_recurrence_rule rule, const struct lr_
 static recurrence_params params_of(const struct lr_recurrence_args *args)
 {
     recurrence_params p = {};
-    p.q = static_cast<const __nv_bfloat16 *>(args->q);
-    p.k = static_cast<const __nv_bfloat16 *>(args->k);
-    p.v = static_cast<const __nv_bfloat16 *>(args->v);
+    p.q = static_cast<const act *>(args->q);
+    p.k = static_cast<const act *>(args->k);
+    p.v = static_cast<const act *>(args->v);
     p.q_stride = args->q_stride;
     p.k_stride = args->k_stride;
     p.v_stride = args->v_stride;
@@ -65,14 +65,14 @@ static recurrence_params params_of(const struct lr_recurrence_args *args)
     p.n_rows = args->n_rows;
     p.n_sequences = args->n_sequences;
     p.n_slots = slots(args->shape, args->n_rows, args->n_sequences);
-    p.sub_tokens = lr_recurrence_sub_tokens(args->shape);
+    p.sub_tokens = LR_CUDA(recurrence_sub_tokens)(args->shape);
     p.n_v_heads = static_cast<int>(args->shape.n_v_heads);
     p.heads_per_k_head = static_cast<int>(args->shape.n_v_heads / args->shape.n_k_heads);
     p.dk = static_cast<int>(args->shape.dk);
     p.dv = static_cast<int>(args->shape.dv);
     const struct work_parts parts = parts_of(args->rule, args->shape, p.n_slots);
     char *work = static_cast<char *>(args->work);
-    p.inverses = reinterpret_cast<__nv_bfloat16 *>(work);
+    p.inverses = reinterpret_cast<act *>(work);
     p.b = reinterpret_cast<float *>(work + parts.inverses);
     p.m = reinterpret_cast<float *>(work + parts.inverses + parts.b);
     p.entering = reinterpret_cast<float *>(work + parts.inverses + parts.b + parts.m);
@@ -85,26 +85,26 @@ static bool takes_tiles(const struct lr_recurrence_args *args)
            aligned(args->v, args->v_stride);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 using namespace lr;
 
 /* Long enough that the slots' states cost little beside their tokens, short enough that one sequence's slots and heads
  * fill a device. */
-extern "C" int lr_recurrence_sub_tokens(struct lr_delta_shape shape)
+extern "C" int LR_CUDA(recurrence_sub_tokens)(struct lr_delta_shape shape)
 {
     const int64_t heads = shape.n_v_heads;
     return heads >= 16 ? 4096 : heads >= 8 ? 2048 : 1024;
 }
 
 extern "C" size_t
-lr_recurrence_work_bytes(enum lr_recurrence_rule rule, struct lr_delta_shape shape, int64_t n_rows, int64_t n_sequences)
+LR_CUDA(recurrence_work_bytes)(enum lr_recurrence_rule rule, struct lr_delta_shape shape, int64_t n_rows, int64_t n_sequences)
 {
     const struct work_parts parts = parts_of(rule, shape, slots(shape, n_rows, n_sequences));
     return parts.inverses + parts.b + parts.m + parts.entering;
 }
 
-extern "C" int lr_recurrence_prepare(void *stream, const struct lr_recurrence_args *args)
+extern "C" int LR_CUDA(recurrence_prepare)(void *stream, const struct lr_recurrence_args *args)
 {
     cudaStream_t to = static_cast<cudaStream_t>(stream);
     const recurrence_params p = params_of(args);
@@ -119,19 +119,19 @@ extern "C" int lr_recurrence_prepare(void *stream, const struct lr_recurrence_ar
     return error != cudaSuccess ? error : launch_recurrence_pass(to, p, delta, false);
 }
 
-extern "C" int lr_recurrence_summary(void *stream, const struct lr_recurrence_args *args, float *m, float *b)
+extern "C" int LR_CUDA(recurrence_summary)(void *stream, const struct lr_recurrence_args *args, float *m, float *b)
 {
     return launch_recurrence_fold_slots(static_cast<cudaStream_t>(stream), params_of(args),
                                         args->rule == LR_RECURRENCE_DELTA, m, b);
 }
 
-extern "C" int lr_recurrence_output(
+extern "C" int LR_CUDA(recurrence_output)(
     void *stream, const struct lr_recurrence_args *args, const float *s_in, lr_act *o, int64_t o_stride, float *s_out)
 {
     cudaStream_t to = static_cast<cudaStream_t>(stream);
     const bool delta = args->rule == LR_RECURRENCE_DELTA;
     recurrence_params p = params_of(args);
-    p.o = static_cast<__nv_bfloat16 *>(o);
+    p.o = static_cast<act *>(o);
     p.o_stride = o_stride;
     const cudaError_t error = launch_recurrence_scan(to, p, delta, s_in, s_out);
     if (error != cudaSuccess || args->n_rows == 0) {

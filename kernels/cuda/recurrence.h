@@ -1,4 +1,4 @@
-/* The chunked recurrence on CUDA: linear attention with a state S [dk, dv] a value head, in bf16 with float32 states.
+/* The chunked recurrence on CUDA: linear attention with a state S [dk, dv] a value head, activations with float32 states.
  *
  *   LR_RECURRENCE_DECAY   S <- exp(g_t) S;  S <- S + k_t v_t^T;                          o_t = scale S^T q_t
  *   LR_RECURRENCE_DELTA   S <- exp(g_t) S;  S <- S + k_t (beta_t (v_t - S^T k_t))^T;     o_t = scale S^T q_t
@@ -7,7 +7,7 @@
  * are LR_RECURRENCE_DECAY; Yang et al. 2024, Gated Delta Networks, is LR_RECURRENCE_DELTA.)
  *
  *   chunks of 64 tokens            inside: triangular products on the tensor cores
- *   sub-segments of lr_recurrence_sub_tokens, counted from the sequence's first row: each gives (M, B)
+ *   sub-segments of LR_CUDA(recurrence_sub_tokens), counted from the sequence's first row: each gives (M, B)
  *   S_in -> sub-segment -> sub-segment -> ...    S' = M S + B in float32, in order
  *
  * So a result's bits depend on its sequence and position, not on what else the launch holds. Three steps:
@@ -20,6 +20,7 @@
 #ifndef LR_KERNELS_CUDA_RECURRENCE_H
 #define LR_KERNELS_CUDA_RECURRENCE_H
 
+#include "kernels/cuda/act.h"
 #include "kernels/ops.h"
 
 #ifdef __cplusplus
@@ -44,34 +45,34 @@ struct lr_recurrence_args {
     const int64_t
         *offsets; /* [n_sequences + 1] ascending from 0 to n_rows, device memory; NULL where n_sequences is 1 */
     int64_t n_sequences;
-    void *work; /* lr_recurrence_work_bytes, 256-byte aligned device memory: prepare writes it, the other two read it */
+    void *work; /* LR_CUDA(recurrence_work_bytes), 256-byte aligned device memory: prepare writes it, the other two read it */
 };
 
 /* Tokens of a sub-segment: a function of the head counts and dims alone, so that a result's bits are. */
-int lr_recurrence_sub_tokens(struct lr_delta_shape shape);
+int LR_CUDA(recurrence_sub_tokens)(struct lr_delta_shape shape);
 
 /* Bytes of args->work. */
-size_t lr_recurrence_work_bytes(enum lr_recurrence_rule rule,
+size_t LR_CUDA(recurrence_work_bytes)(enum lr_recurrence_rule rule,
                                 struct lr_delta_shape shape,
                                 int64_t n_rows,
                                 int64_t n_sequences);
 
-int lr_recurrence_prepare(void *stream, const struct lr_recurrence_args *args);
+int LR_CUDA(recurrence_prepare)(void *stream, const struct lr_recurrence_args *args);
 
 /* b [n_sequences, n_v_heads, dk, dv]. m, for the delta rule [n_sequences, n_v_heads, dk, dk], otherwise a factor
  * [n_sequences, n_v_heads]: S_out = M S_in + B. After prepare. */
-int lr_recurrence_summary(void *stream, const struct lr_recurrence_args *args, float *m, float *b);
+int LR_CUDA(recurrence_summary)(void *stream, const struct lr_recurrence_args *args, float *m, float *b);
 
 /* o [n_rows, n_v_heads * dv], row stride o_stride. s_in [n_sequences, n_v_heads, dk, dv] or NULL
  * (zero), s_out the same or NULL (not wanted); s_out may be s_in. After prepare. */
-int lr_recurrence_output(
+int LR_CUDA(recurrence_output)(
     void *stream, const struct lr_recurrence_args *args, const float *s_in, lr_act *o, int64_t o_stride, float *s_out);
 
 /* S_out = M S_in + B for every head, float32: the delta_fold of the operations table. */
-int lr_recurrence_fold(void *stream, const struct lr_delta_fold_args *args);
+int LR_CUDA(recurrence_fold)(void *stream, const struct lr_delta_fold_args *args);
 
 /* One token of each of many sequences: the delta_step of the operations table. states is device memory. */
-int lr_recurrence_step(void *stream, const struct lr_delta_step_args *args);
+int LR_CUDA(recurrence_step)(void *stream, const struct lr_delta_step_args *args);
 
 #ifdef __cplusplus
 }

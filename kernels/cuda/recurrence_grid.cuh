@@ -9,9 +9,9 @@
 #define LR_KERNELS_CUDA_RECURRENCE_GRID_CUH
 
 #include "kernels/cuda/recurrence.h"
-#include <cuda_bf16.h>
+#include "kernels/cuda/act.h"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int CHUNK = LR_RECURRENCE_CHUNK_TOKENS;
@@ -20,7 +20,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOWEST_LOG2_DECAY = -160.0f;
 
 struct recurrence_params {
-    const __nv_bfloat16 *q, *k, *v;
+    const act *q, *k, *v;
     int64_t q_stride, k_stride, v_stride;
     const float *g, *beta;
     float scale;
@@ -29,11 +29,11 @@ struct recurrence_params {
     int sub_tokens; /* a multiple of CHUNK */
     int n_v_heads, heads_per_k_head;
     int dk, dv;
-    __nv_bfloat16 *inverses; /* [slot, chunk, head, 64, 64]: (I + L)^-1 diag(beta) */
+    act *inverses; /* [slot, chunk, head, 64, 64]: (I + L)^-1 diag(beta) */
     float *m;                /* delta: [slot, head, dk (column), dk (row)];  decay: [slot, head] log2 of the factor */
     float *b;                /* [slot, head, dv, dk] */
     float *entering;         /* [slot, head, dv, dk]: the state that enters the sub-segment */
-    __nv_bfloat16 *o;
+    act *o;
     int64_t o_stride;
 };
 
@@ -101,6 +101,6 @@ static __device__ __forceinline__ float log2_decay(float g)
     return x < LOWEST_LOG2_DECAY ? LOWEST_LOG2_DECAY : x;
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

@@ -3,20 +3,20 @@
  *
  * Blocks of 16 x 16; X is the inverse, D_i its diagonal blocks. One warp makes a chunk's, many share a multiprocessor:
  *
- *   L_00                       K K^T by mma, ten blocks, bf16 products summed in float32
+ *   L_00                       K K^T by mma, ten blocks, products summed in float32
  *   L_10 L_11                  D_i by substitution, a lane a column, float32
  *   L_20 L_21 L_22             X_ij = -D_i (sum over k of L_ik X_kj), j <= k < i, by mma
  *   L_30 L_31 L_32 L_33
  *
  * The last step works on X^T: then every operand is, as it lies in registers, what the next product wants. Its operands
  * are rounded to fp16: with keys of length one and beta up to 2 no entry of X is above 2, so they lose 2^-11, an eighth
- * of what T loses when it is rounded to bf16 at the end. */
+ * of what T loses when it is rounded to the activation type at the end. */
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/recurrence_grid.cuh"
 #include "kernels/cuda/recurrence_launch.h"
 #include <cuda_fp16.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int N_BLOCKS = CHUNK / 16;
@@ -53,9 +53,9 @@ static __device__ __forceinline__ struct block_fragment load_fragment(uint32_t s
 }
 
 static __device__ __forceinline__ void
-multiply_bf16(float (&d)[4], const struct block_fragment &a, uint32_t b0, uint32_t b1)
+multiply_act(float (&d)[4], const struct block_fragment &a, uint32_t b0, uint32_t b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." LR_CUDA_MMA "." LR_CUDA_MMA ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
@@ -111,8 +111,8 @@ static __device__ __forceinline__ void lower_products(struct block_sums (&l)[LOW
         for (int i = 0; i < N_BLOCKS; i++) {
 #pragma unroll
             for (int j = 0; j <= i; j++) {
-                multiply_bf16(l[lower(i, j)].d[0], rows[i], rows[j].r[0], rows[j].r[2]);
-                multiply_bf16(l[lower(i, j)].d[1], rows[i], rows[j].r[1], rows[j].r[3]);
+                multiply_act(l[lower(i, j)].d[0], rows[i], rows[j].r[0], rows[j].r[2]);
+                multiply_act(l[lower(i, j)].d[1], rows[i], rows[j].r[1], rows[j].r[3]);
             }
         }
     }
@@ -216,7 +216,7 @@ static __device__ __forceinline__ void solve_below(struct block_fragment (&x)[LO
     }
 }
 
-/* T [t][s] into a swizzled block from X^T [s][t], in bf16. */
+/* T [t][s] into a swizzled block from X^T [s][t]. */
 static __device__ __forceinline__ void
 store_blocks(uint32_t t_tile, const struct block_fragment (&x)[LOWER_BLOCKS], const float *beta, int lane)
 {
@@ -229,7 +229,7 @@ store_blocks(uint32_t t_tile, const struct block_fragment (&x)[LOWER_BLOCKS], co
 #pragma unroll
             for (int h = 0; h < 4; h++) {
                 const float2 values = __half22float2(*reinterpret_cast<const __half2 *>(&x[lower(i, j)].r[h]));
-                r[h] = pack_bf16(values.x * beta_s[h % 2], values.y * beta_s[h % 2]);
+                r[h] = pack_act(values.x * beta_s[h % 2], values.y * beta_s[h % 2]);
             }
             store_transposed(t_tile + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * j + lane / 8 % 2), r);
         }
@@ -258,12 +258,12 @@ static __global__ void __launch_bounds__(32, CHUNKS_A_MULTIPROCESSOR)
 
     const uint32_t shared = shared_address(tile);
     const int n_rows = span.end - row < CHUNK ? static_cast<int>(span.end - row) : CHUNK;
-    const __nv_bfloat16 *k = p.k + row * p.k_stride + head / p.heads_per_k_head * DK + lane % 8 * 8;
+    const act *k = p.k + row * p.k_stride + head / p.heads_per_k_head * DK + lane % 8 * 8;
 #pragma unroll
     for (int i = 0; i < CHUNK / 4; i++) {
         const int token = lane / 8 + 4 * i;
         const bool valid = token < n_rows;
-        const __nv_bfloat16 *from = valid ? k + token * p.k_stride : p.k;
+        const act *from = valid ? k + token * p.k_stride : p.k;
 #pragma unroll
         for (int block = 0; block < DK / 64; block++) {
             copy_async(shared + block * CHUNK * 128 + swizzled(token, lane % 8), from + block * 64, valid);
@@ -337,4 +337,4 @@ cudaError_t launch_recurrence_inverse(cudaStream_t stream, const recurrence_para
     return cudaGetLastError();
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 struct recurrence_params;
@@ -26,6 +26,6 @@ launch_recurrence_scan(cudaStream_t stream, const recurrence_params &p, bool del
 cudaError_t
 launch_recurrence_fold_slots(cudaStream_t stream, const recurrence_params &p, bool delta, float *m, float *b);
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

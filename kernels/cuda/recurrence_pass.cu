@@ -18,15 +18,15 @@
  * update changes the producer's tiles and the lines above, not the pipeline.
  *
  * Warpgroup 0 loads (cp.async into a ring of stages), sums decays and makes P; the others hold the state.
- * St is rounded to bf16 where it meets K and Q, never where it is kept. */
+ * St is rounded to the activation type where it meets K and Q, never where it is kept. */
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/recurrence_grid.cuh"
 #include "kernels/cuda/recurrence_launch.h"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
-constexpr uint32_t BLOCK_BYTES = CHUNK * 128; /* 64 tokens x 64 columns of bf16 */
+constexpr uint32_t BLOCK_BYTES = CHUNK * 128; /* 64 tokens x 64 columns of activations */
 
 /* One block a multiprocessor with two row blocks, two with one: registers of the producer and of each consumer thread,
  * and shared memory. */
@@ -76,14 +76,14 @@ template <int N> static __device__ __forceinline__ void settle(float (&d)[N])
 
 /* 64 tokens x 64 columns into a swizzled block, zeros behind the last token. 128 threads. */
 static __device__ __forceinline__ void
-load_block(uint32_t block, const __nv_bfloat16 *columns, int64_t stride, int64_t row, int64_t end, int thread)
+load_block(uint32_t block, const act *columns, int64_t stride, int64_t row, int64_t end, int thread)
 {
     const int piece = thread % 8;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int token = thread / 8 + 16 * i;
         const bool valid = row + token < end;
-        const __nv_bfloat16 *source = valid ? columns + (row + token) * stride + piece * 8 : columns;
+        const act *source = valid ? columns + (row + token) * stride + piece * 8 : columns;
         copy_async(block + swizzled(token, piece), source, valid);
     }
 }
@@ -101,7 +101,7 @@ static __device__ __forceinline__ bool holds_inverse(int row, int piece)
     return piece / 2 <= row / 16;
 }
 
-static __device__ __forceinline__ void load_inverse(uint32_t block, const __nv_bfloat16 *inverse, int thread)
+static __device__ __forceinline__ void load_inverse(uint32_t block, const act *inverse, int thread)
 {
     const int piece = thread % 8;
 #pragma unroll
@@ -155,7 +155,7 @@ sum_decays(struct chunk_decays *d, float first, float second, float scale, int l
     return end;
 }
 
-/* P[t, s] = scale exp(G_t - G_s) (q_t . k_s) for s <= t, else 0, in bf16. 128 threads. */
+/* P[t, s] = scale exp(G_t - G_s) (q_t . k_s) for s <= t, else 0. 128 threads. */
 template <int K_BLOCKS>
 static __device__ __forceinline__ void
 make_scores(uint8_t *scores, uint32_t q, uint32_t k, const float *sum, float scale, int thread)
@@ -184,8 +184,8 @@ make_scores(uint8_t *scores, uint32_t q, uint32_t k, const float *sum, float sca
         const float b = s + 1 <= t ? d[4 * j + 1] * exp2_fast(sum_low - sum_s.y) * scale : 0.0f;
         const float e = s <= t + 8 ? d[4 * j + 2] * exp2_fast(sum_high - sum_s.x) * scale : 0.0f;
         const float f = s + 1 <= t + 8 ? d[4 * j + 3] * exp2_fast(sum_high - sum_s.y) * scale : 0.0f;
-        *reinterpret_cast<uint32_t *>(scores + swizzled(t, j) + 4 * (lane % 4)) = pack_bf16(a, b);
-        *reinterpret_cast<uint32_t *>(scores + swizzled(t + 8, j) + 4 * (lane % 4)) = pack_bf16(e, f);
+        *reinterpret_cast<uint32_t *>(scores + swizzled(t, j) + 4 * (lane % 4)) = pack_act(a, b);
+        *reinterpret_cast<uint32_t *>(scores + swizzled(t + 8, j) + 4 * (lane % 4)) = pack_act(e, f);
     }
 }
 
@@ -207,7 +207,7 @@ static __device__ __forceinline__ void produce(const recurrence_params &p,
     const int n_chunks = static_cast<int>((span.end - span.first + CHUNK - 1) / CHUNK);
     const int k_head = head / p.heads_per_k_head;
     const int n_value_blocks = p.dv / 64;
-    const __nv_bfloat16 *inverses = nullptr;
+    const act *inverses = nullptr;
     if (DELTA) {
         inverses = p.inverses + (slot * (p.sub_tokens / CHUNK) * p.n_v_heads + head) * CHUNK * CHUNK;
     }
@@ -364,7 +364,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p,
             for (int kk = 0; kk < DK / 16; kk++) {
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
-                    rounded[kk][r] = pack_bf16(state[8 * kk + 2 * r], state[8 * kk + 2 * r + 1]);
+                    rounded[kk][r] = pack_act(state[8 * kk + 2 * r], state[8 * kk + 2 * r + 1]);
                 }
             }
             wgmma_fence();
@@ -411,7 +411,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p,
                 for (int r = 0; r < 4; r++) {
                     const float2 decay =
                         *reinterpret_cast<const float2 *>(&decays->from_start[16 * kk + 8 * (r / 2) + column]);
-                    u[kk][r] = pack_bf16(low_of(u[kk][r]) - decay.x * x[8 * kk + 2 * r],
+                    u[kk][r] = pack_act(low_of(u[kk][r]) - decay.x * x[8 * kk + 2 * r],
                                          high_of(u[kk][r]) - decay.y * x[8 * kk + 2 * r + 1]);
                 }
             }
@@ -432,8 +432,8 @@ static __device__ __forceinline__ void consume(const recurrence_params &p,
                         *reinterpret_cast<const float2 *>(&decays->to_end[16 * kk + 8 * (r / 2) + column]);
                     const float low = x[8 * kk + 2 * r];
                     const float high = x[8 * kk + 2 * r + 1];
-                    u[kk][r] = pack_bf16(low, high);
-                    u_end[kk][r] = pack_bf16(decay.x * low, decay.y * high);
+                    u[kk][r] = pack_act(low, high);
+                    u_end[kk][r] = pack_act(decay.x * low, decay.y * high);
                 }
             }
         } else {
@@ -446,7 +446,7 @@ static __device__ __forceinline__ void consume(const recurrence_params &p,
                 for (int r = 0; r < 4; r++) {
                     const float2 decay =
                         *reinterpret_cast<const float2 *>(&decays->to_end[16 * kk + 8 * (r / 2) + column]);
-                    u_end[kk][r] = pack_bf16(decay.x * low_of(u[kk][r]), decay.y * high_of(u[kk][r]));
+                    u_end[kk][r] = pack_act(decay.x * low_of(u[kk][r]), decay.y * high_of(u[kk][r]));
                 }
             }
         }
@@ -494,13 +494,13 @@ static __device__ __forceinline__ void consume(const recurrence_params &p,
                 uint32_t o[4];
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
-                    o[r] = pack_bf16(out[8 * kk + 2 * r], out[8 * kk + 2 * r + 1]);
+                    o[r] = pack_act(out[8 * kk + 2 * r], out[8 * kk + 2 * r + 1]);
                 }
                 store_transposed(values + swizzled(16 * kk + value_row, value_piece), o);
             }
             named_barrier(2 + warpgroup, 128);
             const int64_t first = span.first + static_cast<int64_t>(i) * CHUNK;
-            __nv_bfloat16 *o_columns = p.o + static_cast<int64_t>(head) * p.dv + block * 64 + thread % 8 * 8;
+            act *o_columns = p.o + static_cast<int64_t>(head) * p.dv + block * 64 + thread % 8 * 8;
             const uint8_t *o_block = stages + s * layout::STAGE_BYTES + layout::V_OFFSET + warpgroup * BLOCK_BYTES;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
@@ -598,4 +598,4 @@ cudaError_t launch_recurrence_pass(cudaStream_t stream, const recurrence_params 
     return delta ? launch<64, 1, true, false>(stream, p, 2) : launch<64, 1, false, false>(stream, p, 1);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT

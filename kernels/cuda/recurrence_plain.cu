@@ -6,7 +6,7 @@
 #include "kernels/cuda/recurrence_grid.cuh"
 #include "kernels/cuda/recurrence_launch.h"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int PLAIN_WARPS = 8;
@@ -64,8 +64,8 @@ static __global__ void __launch_bounds__(32 * PLAIN_WARPS) plain_kernel(const re
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             const int row = lane + 32 * i;
-            k[i] = row < p.dk ? __bfloat162float(p.k[t * p.k_stride + key_offset + row]) : 0.0f;
-            q[i] = OUTPUT && row < p.dk ? __bfloat162float(p.q[t * p.q_stride + key_offset + row]) : 0.0f;
+            k[i] = row < p.dk ? from_act(p.k[t * p.k_stride + key_offset + row]) : 0.0f;
+            q[i] = OUTPUT && row < p.dk ? from_act(p.q[t * p.q_stride + key_offset + row]) : 0.0f;
             k_q = fmaf(k[i], q[i], k_q);
         }
         const float log_decay = log2_decay(gate_at(p, t, span.end, head));
@@ -83,7 +83,7 @@ static __global__ void __launch_bounds__(32 * PLAIN_WARPS) plain_kernel(const re
                 k_s = fmaf(k[i], s[c][i], k_s);
                 q_s = fmaf(q[i], s[c][i], q_s);
             }
-            float u = column < p.dv ? __bfloat162float(p.v[t * p.v_stride + static_cast<int64_t>(head) * p.dv + column])
+            float u = column < p.dv ? from_act(p.v[t * p.v_stride + static_cast<int64_t>(head) * p.dv + column])
                                     : 0.0f;
             if (DELTA) {
                 u = beta * (u - decay * warp_sum(k_s));
@@ -95,7 +95,7 @@ static __global__ void __launch_bounds__(32 * PLAIN_WARPS) plain_kernel(const re
             if (OUTPUT) {
                 const float o = p.scale * fmaf(k_q, u, decay * warp_sum(q_s));
                 if (lane == 0 && column < n_columns) {
-                    p.o[t * p.o_stride + static_cast<int64_t>(head) * p.dv + column] = __float2bfloat16_rn(o);
+                    p.o[t * p.o_stride + static_cast<int64_t>(head) * p.dv + column] = to_act(o);
                 }
             }
         }
@@ -140,4 +140,4 @@ cudaError_t launch_recurrence_plain(cudaStream_t stream, const recurrence_params
     return cudaGetLastError();
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT

@@ -17,7 +17,7 @@
 #include "kernels/cuda/recurrence_grid.cuh"
 #include "kernels/cuda/recurrence_launch.h"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int SCAN_COLUMNS = 16;
@@ -324,4 +324,4 @@ launch_recurrence_fold_slots(cudaStream_t stream, const recurrence_params &p, bo
     return launch(stream, p, delta, {nullptr, nullptr, m, b, true});
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT

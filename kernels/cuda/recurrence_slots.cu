@@ -21,41 +21,41 @@ static struct lr_recurrence_args recurrence_of(const struct lr_delta_segment_arg
     return r;
 }
 
-size_t lr_cuda_delta_work_floats(struct lr_delta_shape shape, int64_t n_rows)
+size_t LR_CUDA(delta_work_floats)(struct lr_delta_shape shape, int64_t n_rows)
 {
-    return lr_recurrence_work_bytes(LR_RECURRENCE_DELTA, shape, n_rows, 1) / sizeof(float);
+    return LR_CUDA(recurrence_work_bytes)(LR_RECURRENCE_DELTA, shape, n_rows, 1) / sizeof(float);
 }
 
-void lr_cuda_delta_summary(const struct lr_exec *exec, const struct lr_delta_segment_args *args, float *m, float *b)
+void LR_CUDA(delta_summary)(const struct lr_exec *exec, const struct lr_delta_segment_args *args, float *m, float *b)
 {
     const struct lr_recurrence_args r = recurrence_of(args);
-    int error = lr_recurrence_prepare(exec->stream, &r);
+    int error = LR_CUDA(recurrence_prepare)(exec->stream, &r);
     if (error == cudaSuccess)
-        error = lr_recurrence_summary(exec->stream, &r, m, b);
+        error = LR_CUDA(recurrence_summary)(exec->stream, &r, m, b);
     lr_cuda_note(exec, error, "delta_summary");
 }
 
-void lr_cuda_delta_output(const struct lr_exec *exec,
+void LR_CUDA(delta_output)(const struct lr_exec *exec,
                           const struct lr_delta_segment_args *args,
                           const float *s_in,
                           lr_act *o,
                           int64_t o_stride)
 {
     const struct lr_recurrence_args r = recurrence_of(args);
-    lr_cuda_note(exec, lr_recurrence_output(exec->stream, &r, s_in, o, o_stride, nullptr), "delta_output");
+    lr_cuda_note(exec, LR_CUDA(recurrence_output)(exec->stream, &r, s_in, o, o_stride, nullptr), "delta_output");
 }
 
-void lr_cuda_delta_fold(const struct lr_exec *exec, const struct lr_delta_fold_args *args)
+void LR_CUDA(delta_fold)(const struct lr_exec *exec, const struct lr_delta_fold_args *args)
 {
-    lr_cuda_note(exec, lr_recurrence_fold(exec->stream, args), "delta_fold");
+    lr_cuda_note(exec, LR_CUDA(recurrence_fold)(exec->stream, args), "delta_fold");
 }
 
-void lr_cuda_delta_step(const struct lr_exec *exec, const struct lr_delta_step_args *args)
+void LR_CUDA(delta_step)(const struct lr_exec *exec, const struct lr_delta_step_args *args)
 {
     if (args->n_rows == 0)
         return;
     struct lr_delta_step_args step = *args;
     step.states = static_cast<float *const *>(lr_cuda_upload(exec, static_cast<const void *>(args->states),
                                                              static_cast<size_t>(args->n_rows) * sizeof *args->states));
-    lr_cuda_note(exec, lr_recurrence_step(exec->stream, &step), "delta_step");
+    lr_cuda_note(exec, LR_CUDA(recurrence_step)(exec->stream, &step), "delta_step");
 }

@@ -5,7 +5,7 @@
 #include "kernels/cuda/recurrence_grid.cuh"
 #include "kernels/cuda/recurrence_launch.h"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int FOLD_TILE = 32;
@@ -75,13 +75,13 @@ static __global__ void __launch_bounds__(256) step_kernel(const struct lr_delta_
     const int head = blockIdx.y;
     const int64_t sequence = blockIdx.z;
     const int64_t k_head = head / (args.shape.n_v_heads / args.shape.n_k_heads);
-    const __nv_bfloat16 *q = static_cast<const __nv_bfloat16 *>(args.q) + sequence * args.qkv_stride + k_head * dk;
-    const __nv_bfloat16 *k = static_cast<const __nv_bfloat16 *>(args.k) + sequence * args.qkv_stride + k_head * dk;
+    const act *q = static_cast<const act *>(args.q) + sequence * args.qkv_stride + k_head * dk;
+    const act *k = static_cast<const act *>(args.k) + sequence * args.qkv_stride + k_head * dk;
     const int column = blockIdx.x * 32 + lane;
     const bool inside = column < dv;
 
-    k_row[threadIdx.x] = static_cast<int>(threadIdx.x) < dk ? __bfloat162float(k[threadIdx.x]) : 0.0f;
-    q_row[threadIdx.x] = static_cast<int>(threadIdx.x) < dk ? __bfloat162float(q[threadIdx.x]) : 0.0f;
+    k_row[threadIdx.x] = static_cast<int>(threadIdx.x) < dk ? from_act(k[threadIdx.x]) : 0.0f;
+    q_row[threadIdx.x] = static_cast<int>(threadIdx.x) < dk ? from_act(q[threadIdx.x]) : 0.0f;
     float *s = states[sequence] + (static_cast<int64_t>(head) * dk + warp * STEP_ROWS) * dv + column;
     float x[STEP_ROWS];
 #pragma unroll
@@ -112,7 +112,7 @@ static __global__ void __launch_bounds__(256) step_kernel(const struct lr_delta_
     }
     const int64_t gate = sequence * args.shape.n_v_heads + head;
     const float decay = expf(args.g[gate]);
-    const float v = inside ? __bfloat162float(static_cast<const __nv_bfloat16 *>(
+    const float v = inside ? from_act(static_cast<const act *>(
                                  args.v)[sequence * args.qkv_stride + static_cast<int64_t>(head) * dv + column])
                            : 0.0f;
     const float u = args.beta[gate] * (v - decay * k_s);
@@ -126,14 +126,14 @@ static __global__ void __launch_bounds__(256) step_kernel(const struct lr_delta_
         }
     }
     if (warp == 0) {
-        static_cast<__nv_bfloat16 *>(args.o)[sequence * args.o_stride + static_cast<int64_t>(head) * dv + column] =
-            __float2bfloat16_rn(fmaf(k_q, u, decay * q_s));
+        static_cast<act *>(args.o)[sequence * args.o_stride + static_cast<int64_t>(head) * dv + column] =
+            to_act(fmaf(k_q, u, decay * q_s));
     }
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-extern "C" int lr_recurrence_fold(void *stream, const struct lr_delta_fold_args *args)
+extern "C" int LR_CUDA(recurrence_fold)(void *stream, const struct lr_delta_fold_args *args)
 {
     const unsigned columns = static_cast<unsigned>((args->shape.dv + lr::FOLD_TILE - 1) / lr::FOLD_TILE);
     const unsigned rows = static_cast<unsigned>((args->shape.dk + lr::FOLD_TILE - 1) / lr::FOLD_TILE);
@@ -142,7 +142,7 @@ extern "C" int lr_recurrence_fold(void *stream, const struct lr_delta_fold_args 
     return cudaGetLastError();
 }
 
-extern "C" int lr_recurrence_step(void *stream, const struct lr_delta_step_args *args)
+extern "C" int LR_CUDA(recurrence_step)(void *stream, const struct lr_delta_step_args *args)
 {
     if (args->n_rows == 0) {
         return cudaSuccess;

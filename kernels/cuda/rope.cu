@@ -3,7 +3,7 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/rows.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 /* c[0] + z (c[1] + z (... c[7])) */
@@ -70,9 +70,9 @@ static __global__ void __launch_bounds__(ROW_THREADS) rope_table_kernel(const in
     sin_out[unit] = static_cast<float>(__dmul_rn(sine, factor));
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_rope_table(const struct lr_exec *exec,
+void LR_CUDA(rope_table)(const struct lr_exec *exec,
                         const int64_t *positions,
                         int64_t n_rows,
                         const double *inv_freq,

@@ -1,4 +1,4 @@
-/* What the byte-bound kernels share. They all read rows in pieces of 8 columns (16 bytes of bf16), one piece a thread
+/* What the byte-bound kernels share. They all read rows in pieces of 8 columns (16 bytes of activations), one piece a thread
  * at a time, neighbouring threads on neighbouring pieces:
  *
  *   head   | piece 0 | piece 1 | ... | piece LANES-1 | piece LANES | ...        LANES threads, PIECES pieces each
@@ -11,15 +11,15 @@
 #ifndef LR_KERNELS_CUDA_ROWS_CUH
 #define LR_KERNELS_CUDA_ROWS_CUH
 
+#include "kernels/cuda/act.h"
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/ops.h"
 
 #include <cuda_runtime.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
-using bf16 = __nv_bfloat16;
 
 constexpr int ROW_THREADS = 256; /* of a block */
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -78,7 +78,7 @@ struct piece {
 };
 
 /* Columns that do not exist (from n on) are zero and not read. ALIGNED: n is a multiple of 8. */
-template <bool ALIGNED> static __device__ __forceinline__ struct piece load_piece(const bf16 *x, int n)
+template <bool ALIGNED> static __device__ __forceinline__ struct piece load_piece(const act *x, int n)
 {
     struct piece p;
     if constexpr (ALIGNED) {
@@ -92,22 +92,22 @@ template <bool ALIGNED> static __device__ __forceinline__ struct piece load_piec
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            p.v[i] = i < n ? __bfloat162float(x[i]) : 0.0f;
+            p.v[i] = i < n ? from_act(x[i]) : 0.0f;
     }
     return p;
 }
 
-template <bool ALIGNED> static __device__ __forceinline__ void store_piece(bf16 *y, const struct piece &p, int n)
+template <bool ALIGNED> static __device__ __forceinline__ void store_piece(act *y, const struct piece &p, int n)
 {
     if constexpr (ALIGNED) {
         if (n > 0)
-            *reinterpret_cast<uint4 *>(y) = make_uint4(pack_bf16(p.v[0], p.v[1]), pack_bf16(p.v[2], p.v[3]),
-                                                       pack_bf16(p.v[4], p.v[5]), pack_bf16(p.v[6], p.v[7]));
+            *reinterpret_cast<uint4 *>(y) = make_uint4(pack_act(p.v[0], p.v[1]), pack_act(p.v[2], p.v[3]),
+                                                       pack_act(p.v[4], p.v[5]), pack_act(p.v[6], p.v[7]));
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++)
             if (i < n)
-                y[i] = __float2bfloat16_rn(p.v[i]);
+                y[i] = to_act(p.v[i]);
     }
 }
 
@@ -217,6 +217,6 @@ template <int UNITS, class Launch> static inline void with_spread(int64_t head_d
         with_spread<UNITS, false>(head_dim, launch);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

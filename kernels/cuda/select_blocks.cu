@@ -11,7 +11,7 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/rows.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int BLOCK = LR_KV_BLOCK_TOKENS;
@@ -52,8 +52,8 @@ static __global__ void __launch_bounds__(SUM_THREADS) sum_kernel(const struct se
     const int n_heads = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
     const int64_t first = (s.first + blockIdx.x) * BLOCK;
     const int n_rows = static_cast<int>(a.n_rows - first < BLOCK ? a.n_rows - first : BLOCK);
-    const bf16 *q =
-        static_cast<const bf16 *>(a.q) + first * a.q_stride + blockIdx.y * n_heads * a.q_head_stride + channel;
+    const act *q =
+        static_cast<const act *>(a.q) + first * a.q_stride + blockIdx.y * n_heads * a.q_head_stride + channel;
     struct piece sum = {};
 #pragma unroll 4
     for (int item = group; item < n_rows * n_heads; item += groups) {
@@ -312,9 +312,9 @@ static cudaError_t select_blocks(cudaStream_t stream, const struct select_slice 
     return launch_choose(stream, slice);
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_block_select(const struct lr_exec *exec, const struct lr_block_select_args *args)
+void LR_CUDA(block_select)(const struct lr_exec *exec, const struct lr_block_select_args *args)
 {
     const int64_t n_query_blocks = (args->n_rows + lr::BLOCK - 1) / lr::BLOCK, n_kv_heads = args->shape.n_kv_heads;
     const int64_t n_blocks = args->n_blocks > 0 ? args->n_blocks : 1;

@@ -3,7 +3,7 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/rows.cuh"
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 constexpr int BLOCK = LR_KV_BLOCK_TOKENS;
@@ -123,7 +123,7 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     for (int64_t row = first; row < first + BOUND_ROWS && row < a.n_rows; row++) {
         float bound = -INFINITY;
         for (int head = 0; head < n_heads; head++) {
-            const bf16 *q = static_cast<const bf16 *>(a.q) + row * a.q_stride +
+            const act *q = static_cast<const act *>(a.q) + row * a.q_stride +
                             (static_cast<int64_t>(kv_head) * n_heads + head) * a.q_head_stride;
             float sum = 0.0f;
 #pragma unroll
@@ -140,9 +140,9 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     }
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
-void lr_cuda_block_summary(const struct lr_exec *exec, const struct lr_block_summary_args *args)
+void LR_CUDA(block_summary)(const struct lr_exec *exec, const struct lr_block_summary_args *args)
 {
     const int64_t most = LR_CUDA_MAX_UPLOAD_BYTES / static_cast<int64_t>(sizeof *args->blocks);
     const int64_t size = args->shape.n_kv_heads * args->shape.head_dim;
@@ -161,7 +161,7 @@ void lr_cuda_block_summary(const struct lr_exec *exec, const struct lr_block_sum
     lr_cuda_note(exec, cudaGetLastError(), "block_summary");
 }
 
-void lr_cuda_page_bounds(const struct lr_exec *exec, const struct lr_page_bounds_args *args)
+void LR_CUDA(page_bounds)(const struct lr_exec *exec, const struct lr_page_bounds_args *args)
 {
     if (args->n_pages <= 0)
         return;
@@ -172,7 +172,7 @@ void lr_cuda_page_bounds(const struct lr_exec *exec, const struct lr_page_bounds
     for (int64_t first = 0; first < args->n_rows; first += most) {
         struct lr_page_bounds_args a = *args;
         a.n_rows = args->n_rows - first < most ? args->n_rows - first : most;
-        a.q = static_cast<const lr::bf16 *>(a.q) + first * a.q_stride;
+        a.q = static_cast<const lr::act *>(a.q) + first * a.q_stride;
         a.bounds += first * a.shape.n_kv_heads * a.n_pages;
         lr::with_spread<1>(a.shape.head_dim, aligned, [&](auto spread) {
             using S = decltype(spread);

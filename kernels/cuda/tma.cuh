@@ -6,7 +6,7 @@
 #include "kernels/cuda/hopper.cuh"
 #include <cuda.h>
 
-namespace lr
+namespace lr::LR_CUDA_ACT
 {
 
 /* Arrives and announces n_bytes: the phase completes when that many have landed. */
@@ -63,6 +63,6 @@ static __device__ __forceinline__ void store_wait()
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-} // namespace lr
+} // namespace lr::LR_CUDA_ACT
 
 #endif

@@ -1,7 +1,7 @@
 /* Tensor maps: how the copy engine finds a box of a matrix in global memory. Host side; kernels/cuda/tma.cuh has the
  * instructions.
  *
- *   [batch, rows, columns] of bf16      box: 64 columns (128 bytes) x box_rows, in the 128-byte swizzle
+ *   [batch, rows, columns] of 16 bits      box: 64 columns (128 bytes) x box_rows, in the 128-byte swizzle
  *
  * What a box holds beyond the matrix arrives as zeros. */
 #ifndef LR_KERNELS_CUDA_TMA_H

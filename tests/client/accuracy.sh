@@ -21,6 +21,7 @@ compare()
 if [ "$device" = cpu ]; then
     compare 1 1e-4
 else
-    compare 0.98 0.8
+    compare 0.98 0.8 --act-dtype bf16
+    compare 0.995 0.2 --act-dtype f16
 fi
 finish

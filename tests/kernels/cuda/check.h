@@ -118,7 +118,27 @@ static inline uint64_t check_bits(uint64_t *seed) /* splitmix64 */
     return z ^ z >> 31;
 }
 
-static inline uint16_t check_to_bf16(float x) /* to nearest, ties to even */
+#ifdef LR_CUDA_F16
+enum { ACT_DIGITS = 11 };
+
+static inline uint16_t check_to_act(float x) /* to nearest, ties to even */
+{
+    _Float16 half = (_Float16)x;
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+
+static inline float check_from_act(uint16_t bits)
+{
+    _Float16 half;
+    memcpy(&half, &bits, 2);
+    return (float)half;
+}
+#else
+enum { ACT_DIGITS = 8 };
+
+static inline uint16_t check_to_act(float x) /* to nearest, ties to even */
 {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -127,46 +147,47 @@ static inline uint16_t check_to_bf16(float x) /* to nearest, ties to even */
     return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-static inline float check_from_bf16(uint16_t half)
+static inline float check_from_act(uint16_t half)
 {
     uint32_t bits = (uint32_t)half << 16;
     float x;
     memcpy(&x, &bits, 4);
     return x;
 }
+#endif
 
-/* n floats in [-size, size); rounded to bf16 (and still floats) where `rounded`: what a reference gets. */
+/* n floats in [-size, size); rounded to the activation type (and still floats) where `rounded`: what a reference gets. */
 static inline float *check_floats(int64_t n, float size, int rounded, uint64_t *seed)
 {
     float *x = (float *)check_host((size_t)n * sizeof *x);
     for (int64_t i = 0; i < n; i++) {
         x[i] = size * ((float)(int64_t)(check_bits(seed) >> 40) * 1.1920929e-7f - 1.0f);
-        x[i] = rounded ? check_from_bf16(check_to_bf16(x[i])) : x[i];
+        x[i] = rounded ? check_from_act(check_to_act(x[i])) : x[i];
     }
     return x;
 }
 
-/* A bf16 copy of host floats on the device. */
-static inline uint16_t *check_device_bf16(const float *x, int64_t n)
+/* A copy of host floats as activations on the device. */
+static inline uint16_t *check_device_act(const float *x, int64_t n)
 {
     uint16_t *half = (uint16_t *)malloc((size_t)(n ? n : 1) * sizeof *half);
     if (!half)
         abort();
     for (int64_t i = 0; i < n; i++)
-        half[i] = check_to_bf16(x[i]);
+        half[i] = check_to_act(x[i]);
     void *device = check_device_copy(half, (size_t)n * sizeof *half);
     free(half);
     return (uint16_t *)device;
 }
 
-/* Host floats of a bf16 device array. */
-static inline float *check_download_bf16(const void *device, int64_t n)
+/* Host floats of a device array of activations. */
+static inline float *check_download_act(const void *device, int64_t n)
 {
     uint16_t *half = (uint16_t *)check_host((size_t)n * sizeof *half);
     float *x = (float *)check_host((size_t)n * sizeof *x);
     check_download(half, device, (size_t)n * sizeof *half);
     for (int64_t i = 0; i < n; i++)
-        x[i] = check_from_bf16(half[i]);
+        x[i] = check_from_act(half[i]);
     return x;
 }
 

@@ -18,14 +18,14 @@ static inline int64_t stride_of(struct layout l, int64_t width)
     return width + l.gap;
 }
 
-/* Rows of host floats as bf16 on the device, or all NaN where x is NULL. Returns the first row. */
+/* Rows of host floats as activations on the device, or all NaN where x is NULL. Returns the first row. */
 static inline uint16_t *place(const float *x, int64_t n_rows, int64_t width, struct layout l)
 {
     int64_t stride = stride_of(l, width), n = l.offset + n_rows * stride;
     uint16_t *host = (uint16_t *)check_host((size_t)n * sizeof *host);
     memset(host, 0xff, (size_t)n * sizeof *host);
     for (int64_t i = 0; x && i < n_rows * width; i++)
-        host[l.offset + i / width * stride + i % width] = check_to_bf16(x[i]);
+        host[l.offset + i / width * stride + i % width] = check_to_act(x[i]);
     return (uint16_t *)check_device_copy(host, (size_t)n * sizeof *host) + l.offset;
 }
 
@@ -43,7 +43,7 @@ static inline float *place_f32(const float *x, int64_t n_rows, int64_t width, st
 static inline float *fetch(const uint16_t *rows, int64_t n_rows, int64_t width, struct layout l)
 {
     int64_t stride = stride_of(l, width), n = l.offset + n_rows * stride;
-    float *all = check_download_bf16(rows - l.offset, n);
+    float *all = check_download_act(rows - l.offset, n);
     float *x = (float *)check_host((size_t)(n_rows * width) * sizeof *x);
     for (int64_t i = 0; i < n; i++) {
         int64_t row = (i - l.offset) / stride, column = (i - l.offset) % stride;
@@ -63,12 +63,11 @@ static inline void same_floats(const char *what, const float *a, const float *b,
     check_that(i == n, what, i);
 }
 
-/* bf16 results: half a unit in the last of 8 digits, and a little for the float32 on the way. */
-enum { BF16_DIGITS = 8 };
-static inline void check_bf16(const char *what, const float *got, const double *truth, int64_t n, double absolute)
+/* Results: half a unit in the last of ACT_DIGITS digits, and a little for the float32 on the way. */
+static inline void check_act(const char *what, const float *got, const double *truth, int64_t n, double absolute)
 {
-    check_each(what, got, n, truth, 1, n, 1.02 / (1 << BF16_DIGITS), absolute);
-    check_norm(what, got, n, truth, 1, n, 0.004);
+    check_each(what, got, n, truth, 1, n, 1.02 / (1 << ACT_DIGITS), absolute);
+    check_norm(what, got, n, truth, 1, n, 1.024 / (1 << ACT_DIGITS));
 }
 
 /* Names the running shape. */

@@ -10,7 +10,7 @@ enum { BLOCK = LR_KV_BLOCK_TOKENS, MAX_BLOCKS = 64, MAX_LISTS = 256, ROW_GAP = 8
 struct document {
     struct lr_kv_shape shape;
     int64_t n_tokens, n_blocks;
-    float *k, *v; /* [n_tokens, width + ROW_GAP], as bf16 holds them */
+    float *k, *v; /* [n_tokens, width + ROW_GAP], as the activation type holds them */
     uint16_t *device_k, *device_v;
     void *blocks[MAX_BLOCKS];
     struct lr_kv_ref refs[MAX_BLOCKS], ref_refs[MAX_BLOCKS]; /* on the device; for the truth */
@@ -41,14 +41,14 @@ static float *pack_block(const struct document *d, int64_t block)
 static struct document
 take_document(int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_t n_tokens, float key_size, uint64_t *seed)
 {
-    struct document d = {.shape = {n_heads, n_kv_heads, head_dim, LR_BF16}, .n_tokens = n_tokens};
+    struct document d = {.shape = {n_heads, n_kv_heads, head_dim, LR_CUDA_DTYPE}, .n_tokens = n_tokens};
     int64_t width = n_kv_heads * head_dim + ROW_GAP;
     d.n_blocks = (n_tokens + BLOCK - 1) / BLOCK;
     d.k = check_floats(n_tokens * width, key_size, 1, seed);
     d.v = check_floats(n_tokens * width, 1.0f, 1, seed);
-    d.device_k = check_device_bf16(d.k, n_tokens * width);
-    d.device_v = check_device_bf16(d.v, n_tokens * width);
-    size_t block_bytes = lr_cuda_kv_block_bytes(d.shape);
+    d.device_k = check_device_act(d.k, n_tokens * width);
+    d.device_v = check_device_act(d.v, n_tokens * width);
+    size_t block_bytes = LR_CUDA(kv_block_bytes)(d.shape);
     for (int64_t i = 0; i < d.n_blocks; i++) {
         int64_t left = n_tokens - i * BLOCK;
         d.blocks[i] = check_device(block_bytes);
@@ -67,7 +67,7 @@ take_document(int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_t n_t
                                          .n_rows = n,
                                          .position = at,
                                          .blocks = d.blocks + at / BLOCK};
-        lr_cuda_kv_store(&check.exec, &store);
+        LR_CUDA(kv_store)(&check.exec, &store);
     }
     return d;
 }
@@ -80,7 +80,7 @@ static void run_store_rows(void)
     uint64_t seed = 5;
     for (int i = 0; i < CHECK_COUNT(dims); i++) {
         struct document d = take_document(2, 2, dims[i], 300, 1.0f, &seed);
-        size_t bytes = lr_cuda_kv_block_bytes(d.shape);
+        size_t bytes = LR_CUDA(kv_block_bytes)(d.shape);
         int64_t positions[300], width = d.shape.n_kv_heads * dims[i] + ROW_GAP;
         void *blocks[300], *copies[3];
         for (int b = 0; b < 3; b++) {
@@ -100,7 +100,7 @@ static void run_store_rows(void)
                                                   .n_rows = 300,
                                                   .positions = positions,
                                                   .blocks = blocks};
-            lr_cuda_kv_store_rows(&check.exec, &store);
+            LR_CUDA(kv_store_rows)(&check.exec, &store);
         }
         for (int b = 0; b < 3; b++)
             check_same("blocks stored by rows", d.blocks[b], copies[b], bytes);
@@ -196,7 +196,7 @@ static void fold_rows(struct lr_attention_args args,
         }
         args.first = f == 0;
         args.y = with_y && f == folds - 1 ? out.y + first * args.y_stride : NULL;
-        lr_cuda_attention(&check.exec, &args);
+        LR_CUDA(attention)(&check.exec, &args);
     }
 }
 
@@ -235,13 +235,13 @@ static void run_case(const struct attention_case *c, uint64_t seed)
     args.shape.dtype = LR_F32;
     double *truth = check_host((size_t)(n * c->head_dim) * sizeof *truth), *lse = check_host((size_t)n * sizeof *lse);
     lr_ref_attention(&args, truth, lse);
-    args.shape.dtype = LR_BF16;
-    args.q = check_device_bf16(q, c->n_rows * q_stride);
+    args.shape.dtype = LR_CUDA_DTYPE;
+    args.q = check_device_act(q, c->n_rows * q_stride);
 
     struct outputs whole = take_outputs(&d.shape, c->n_rows, y_stride), state = take_outputs(&d.shape, c->n_rows, 1);
     fold_rows(args, &lists, 0, c->n_rows, 1, whole, 1);
     fold_rows(args, &lists, 0, c->n_rows, 1, state, 0);
-    float *y = check_download_bf16(whole.y, c->n_rows * y_stride);
+    float *y = check_download_act(whole.y, c->n_rows * y_stride);
     check_norm("y", y, y_stride, truth, c->n_rows, width, 6e-3);
     for (int64_t i = 0; i < c->n_rows; i++)
         check_that(isnan(y[i * y_stride + width]), "the gap behind a row", i);
@@ -396,10 +396,10 @@ static void check_merge(const struct lr_kv_shape *s, int64_t n_rows, const struc
         args.bound = check_device((size_t)n * 2 * sizeof(float));
         args.sums = sums[pass] = check_device((size_t)(n * (s->head_dim + 1)) * sizeof(int64_t));
         args.y = check_device(y_bytes);
-        lr_cuda_merge_bounds(&check.exec, &args);
-        lr_cuda_merge_accumulate(&check.exec, &args);
-        lr_cuda_merge_finish(&check.exec, &args);
-        check_norm("merged", check_download_bf16(args.y, n_rows * args.y_stride), args.y_stride, truth, n_rows, width,
+        LR_CUDA(merge_bounds)(&check.exec, &args);
+        LR_CUDA(merge_accumulate)(&check.exec, &args);
+        LR_CUDA(merge_finish)(&check.exec, &args);
+        check_norm("merged", check_download_act(args.y, n_rows * args.y_stride), args.y_stride, truth, n_rows, width,
                    4e-3);
     }
     check_same("sums in any order", sums[0], sums[1], (size_t)(n * (s->head_dim + 1)) * sizeof(int64_t));
@@ -429,7 +429,7 @@ static void run_partial_case(const struct partial_case *c, uint64_t seed)
                                       {4, 0, c->n_rows, &lists[3], 1}};
     struct outputs out = take_outputs(&d.shape, PARTIAL_SLOTS * c->n_rows, 1);
     struct lr_partials_args args = {.shape = d.shape,
-                                    .q = check_device_bf16(q, c->n_rows * q_stride),
+                                    .q = check_device_act(q, c->n_rows * q_stride),
                                     .q_stride = q_stride,
                                     .q_head_stride = c->head_dim,
                                     .n_rows = c->n_rows,
@@ -441,7 +441,7 @@ static void run_partial_case(const struct partial_case *c, uint64_t seed)
                                     .m = out.m,
                                     .l = out.l,
                                     .o = out.o};
-    lr_cuda_partials(&check.exec, &args);
+    LR_CUDA(partials)(&check.exec, &args);
     int64_t all = PARTIAL_SLOTS * n;
     float *m = check_download_f32(out.m, all), *l = check_download_f32(out.l, all);
     float *o = check_download_f32(out.o, all * c->head_dim);
@@ -472,7 +472,7 @@ static void run_partial_case(const struct partial_case *c, uint64_t seed)
     args.m = alone.m;
     args.l = alone.l;
     args.o = alone.o;
-    lr_cuda_partials(&check.exec, &args);
+    LR_CUDA(partials)(&check.exec, &args);
     check_same("rows alone: m", out.m, alone.m, (size_t)all * 4);
     check_same("rows alone: l", out.l, alone.l, (size_t)all * 4);
     check_same("rows alone: o", out.o, alone.o, (size_t)(all * c->head_dim) * 4);
@@ -491,16 +491,16 @@ static void run_partials(void)
 
 static void run_nothing(void)
 {
-    struct lr_attention_args attention = {.shape = {2, 1, 64, LR_BF16}};
-    struct lr_partials_args partials = {.shape = {2, 1, 64, LR_BF16}, .n_slots = 3};
-    struct lr_kv_store_args store = {.shape = {2, 1, 64, LR_BF16}};
+    struct lr_attention_args attention = {.shape = {2, 1, 64, LR_CUDA_DTYPE}};
+    struct lr_partials_args partials = {.shape = {2, 1, 64, LR_CUDA_DTYPE}, .n_slots = 3};
+    struct lr_kv_store_args store = {.shape = {2, 1, 64, LR_CUDA_DTYPE}};
     struct lr_merge_args merge = {.n_heads = 2, .head_dim = 64};
-    lr_cuda_attention(&check.exec, &attention);
-    lr_cuda_partials(&check.exec, &partials);
-    lr_cuda_kv_store(&check.exec, &store);
-    lr_cuda_merge_bounds(&check.exec, &merge);
-    lr_cuda_merge_accumulate(&check.exec, &merge);
-    lr_cuda_merge_finish(&check.exec, &merge);
+    LR_CUDA(attention)(&check.exec, &attention);
+    LR_CUDA(partials)(&check.exec, &partials);
+    LR_CUDA(kv_store)(&check.exec, &store);
+    LR_CUDA(merge_bounds)(&check.exec, &merge);
+    LR_CUDA(merge_accumulate)(&check.exec, &merge);
+    LR_CUDA(merge_finish)(&check.exec, &merge);
 }
 
 int main(void)

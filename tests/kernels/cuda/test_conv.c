@@ -21,7 +21,7 @@ static float *run_conv(struct lr_conv_args args, struct conv in, struct layout l
         args.y = y + first * args.y_stride;
         args.tail = place(history + first * n, 1, before * n, (struct layout){l.offset, 0});
         args.n_rows = n_rows - first < part ? n_rows - first : part;
-        lr_cuda_conv(&check.exec, &args);
+        LR_CUDA(conv)(&check.exec, &args);
     }
     return fetch(y, n_rows, n, l);
 }
@@ -44,7 +44,7 @@ static float *run_steps(struct lr_conv_args args, struct conv in, struct layout 
                                          .n_channels = n,
                                          .n_taps = args.n_taps,
                                          .activation = args.activation};
-        lr_cuda_conv_step(&check.exec, &step);
+        LR_CUDA(conv_step)(&check.exec, &step);
     }
     return fetch(y, args.n_rows, n, l);
 }
@@ -108,7 +108,7 @@ static void conv_step(void)
     float *history[FORKS];
     for (int i = 0; i < FORKS; i++) {
         history[i] = check_floats((TAPS - 1) * CHANNELS, 4.0f, 1, &seed);
-        tails[i] = check_device_bf16(history[i], (TAPS - 1) * CHANNELS);
+        tails[i] = check_device_act(history[i], (TAPS - 1) * CHANNELS);
     }
     struct lr_conv_step_args args = {.x = place(x, FORKS, CHANNELS, layouts[2]),
                                      .x_stride = stride_of(layouts[2], CHANNELS),
@@ -120,7 +120,7 @@ static void conv_step(void)
                                      .n_channels = CHANNELS,
                                      .n_taps = TAPS,
                                      .activation = LR_ACT_SILU};
-    lr_cuda_conv_step(&check.exec, &args);
+    LR_CUDA(conv_step)(&check.exec, &args);
     float *y = fetch(args.y, FORKS, CHANNELS, layouts[2]);
     for (int i = 0; i < FORKS; i++) {
         struct lr_conv_args host = {.x = x + i * CHANNELS,
@@ -132,8 +132,8 @@ static void conv_step(void)
                                     .activation = LR_ACT_SILU};
         double truth[CHANNELS];
         lr_ref_conv(&host, truth);
-        check_bf16("y", y + i * CHANNELS, truth, CHANNELS, 1e-5);
-        float *tail = check_download_bf16(tails[i], (TAPS - 1) * CHANNELS);
+        check_act("y", y + i * CHANNELS, truth, CHANNELS, 1e-5);
+        float *tail = check_download_act(tails[i], (TAPS - 1) * CHANNELS);
         same_floats("the tail's older rows", history[i] + CHANNELS, tail, (TAPS - 2) * CHANNELS);
         same_floats("the tail's new row", x + i * CHANNELS, tail + (TAPS - 2) * CHANNELS, CHANNELS);
     }

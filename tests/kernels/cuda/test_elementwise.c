@@ -23,7 +23,7 @@ static void embed(void)
                     ids[i] = i == 0 ? VOCAB - 1 : (int32_t)(check_bits(&seed) % VOCAB);
                 const char *device = check_device_copy(table, (size_t)(VOCAB * d + odd) * size);
                 float *y = place_f32(NULL, 1, n_rows * d, (struct layout){odd, 0});
-                lr_cuda_embed(&check.exec, device + (size_t)odd * size, dtypes[t], d, ids, n_rows, y);
+                LR_CUDA(embed)(&check.exec, device + (size_t)odd * size, dtypes[t], d, ids, n_rows, y);
                 float *got = check_download_f32(y, n_rows * d);
                 for (int64_t i = 0; i < n_rows * d; i++) {
                     double want = lr_ref_load(table, ids[i / d] * d + i % d + odd, dtypes[t]);
@@ -31,7 +31,7 @@ static void embed(void)
                 }
                 check_end();
             }
-    lr_cuda_embed(&check.exec, NULL, LR_BF16, 64, NULL, 0, NULL);
+    LR_CUDA(embed)(&check.exec, NULL, LR_BF16, 64, NULL, 0, NULL);
 }
 
 static void rope_table(void)
@@ -51,7 +51,7 @@ static void rope_table(void)
         float *want_cos = check_host(n * 4), *want_sin = check_host(n * 4);
         lr_rope_table(positions, ROWS, inv_freq, FREQ, factor, want_cos, want_sin);
         float *cos = check_device(n * 4), *sin = check_device(n * 4);
-        lr_cuda_rope_table(&check.exec, positions, ROWS, inv_freq, FREQ, factor, cos, sin);
+        LR_CUDA(rope_table)(&check.exec, positions, ROWS, inv_freq, FREQ, factor, cos, sin);
         same_floats("cos", want_cos, check_download_f32(cos, (int64_t)n), (int64_t)n);
         same_floats("sin", want_sin, check_download_f32(sin, (int64_t)n), (int64_t)n);
     }
@@ -68,7 +68,7 @@ static void rope_table_long(void)
     float *want_cos = check_host((size_t)n * 4), *want_sin = check_host((size_t)n * 4);
     lr_rope_table(positions, n, &inv_freq, 1, 1.0, want_cos, want_sin);
     float *cos = check_device((size_t)n * 4), *sin = check_device((size_t)n * 4);
-    lr_cuda_rope_table(&check.exec, positions, n, &inv_freq, 1, 1.0, cos, sin);
+    LR_CUDA(rope_table)(&check.exec, positions, n, &inv_freq, 1, 1.0, cos, sin);
     same_floats("cos", want_cos, check_download_f32(cos, n), n);
     same_floats("sin", want_sin, check_download_f32(sin, n), n);
 }
@@ -94,7 +94,7 @@ run_gate(struct lr_sigmoid_gate_args args, const float *x, const float *gate, st
         args.gate = gates + first * args.gate_stride;
         args.y = y + first * args.y_stride;
         args.n_rows = n_rows - first < part ? n_rows - first : part;
-        lr_cuda_sigmoid_gate(&check.exec, &args);
+        LR_CUDA(sigmoid_gate)(&check.exec, &args);
     }
     return fetch(y, n_rows, width, l);
 }
@@ -118,7 +118,7 @@ static void sigmoid_gate(void)
         double *truth = check_host((size_t)n * sizeof *truth);
         lr_ref_sigmoid_gate(&host, truth);
         float *y = run_gate(args, x, gate, layouts[0], args.n_rows);
-        check_bf16("y", y, truth, n, 1e-30);
+        check_act("y", y, truth, n, 1e-30);
         for (int l = 0; l < CHECK_COUNT(layouts); l++)
             same_floats("another layout", y, run_gate(args, x, gate, layouts[l], args.n_rows), n);
         same_floats("row by row", y, run_gate(args, x, gate, layouts[0], 1), n);
@@ -145,7 +145,7 @@ run_gates(struct lr_delta_gates_args args, const float *ba, int64_t width, struc
         args.beta = beta + first * args.n_heads;
         args.g = g + first * args.n_heads;
         args.n_rows = n_rows - first < part ? n_rows - first : part;
-        lr_cuda_delta_gates(&check.exec, &args);
+        LR_CUDA(delta_gates)(&check.exec, &args);
     }
     return (struct gates){check_download_f32(beta, n), check_download_f32(g, n)};
 }
@@ -164,7 +164,7 @@ static void delta_gates(void)
             for (int64_t i = 0; i < n_rows * width; i += 7)
                 ba[i] = (float)((int64_t)(check_bits(&seed) % 800) - 400) / (i % 2 ? 1.0f : 16.0f);
             for (int64_t i = 0; i < n_rows * width; i++)
-                ba[i] = check_from_bf16(check_to_bf16(ba[i]));
+                ba[i] = check_from_act(check_to_act(ba[i]));
             float *a_log = check_floats(n_heads, 3.0f, 0, &seed), *dt_bias = check_floats(n_heads, 5.0f, 0, &seed);
             int32_t *b_index = check_host((size_t)n_heads * 4), *a_index = check_host((size_t)n_heads * 4);
             for (int64_t h = 0; h < n_heads; h++) {

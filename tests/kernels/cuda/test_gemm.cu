@@ -9,12 +9,12 @@ struct weights {
     struct lr_weight cpu, cuda;
 
     weights(const std::vector<float> &rows, int64_t n, int64_t k)
-        : panels(cpu_panels(rows.data(), n, k)), device(lr_cuda_weight_bytes(n, k, LR_F32) / 2)
+        : panels(cpu_panels(rows.data(), n, k)), device(LR_CUDA(weight_bytes)(n, k, LR_F32) / 2)
     {
         cpu = {LR_F32, n, k, panels.data(), panels.size() * 4};
         cuda = {LR_F32, n, k, device.data, device.n * 2};
-        lr_cuda_weight_pack(&cuda, 0, n / 2, rows.data());
-        lr_cuda_weight_pack(&cuda, n / 2, n - n / 2, rows.data() + n / 2 * k);
+        LR_CUDA(weight_pack)(&cuda, 0, n / 2, rows.data());
+        LR_CUDA(weight_pack)(&cuda, n / 2, n - n / 2, rows.data() + n / 2 * k);
     }
 };
 
@@ -43,7 +43,7 @@ static void check_gemm(const gemm_case &c, uint64_t seed)
     for (int64_t t = 0; t < c.n_rows; t++)
         for (int64_t j = 0; j < y_stride; j++) {
             float &v = y[static_cast<size_t>(t * y_stride + j)];
-            v = j < c.n ? v + nothing : from_bf16(to_bf16(GAP));
+            v = j < c.n ? v + nothing : from_half(to_half(GAP));
         }
     const weights weight(w, c.n, c.k);
     struct lr_gemm_args args = {};
@@ -66,7 +66,7 @@ static void check_gemm(const gemm_case &c, uint64_t seed)
     args.w = &weight.cuda;
     args.bias = c.bias ? device_bias.data : nullptr;
     args.y = c.wide ? static_cast<void *>(wide_y.data) : narrow_y.data;
-    lr_cuda_gemm(&exec, &args);
+    LR_CUDA(gemm)(&exec, &args);
     wait_device(name);
     const std::vector<float> all = c.wide ? wide_y.get() : widen(narrow_y.get());
     std::vector<float> got;
@@ -77,7 +77,7 @@ static void check_gemm(const gemm_case &c, uint64_t seed)
             if (j < c.n)
                 got.push_back(v);
             else
-                gaps_whole &= v == from_bf16(to_bf16(GAP));
+                gaps_whole &= v == from_half(to_half(GAP));
         }
     check_true(name, gaps_whole);
     check_distance(name, distance_from(got, truth), c.wide ? 2e-5 : 3e-3);
@@ -101,14 +101,14 @@ static void check_bits(int64_t n, int64_t k, int wide, uint64_t seed)
     args.a = a.data;
     args.y = y.data;
     args.n_rows = ROWS;
-    lr_cuda_gemm(&exec, &args);
+    LR_CUDA(gemm)(&exec, &args);
     wait_device("bits");
     const std::vector<uint8_t> want = y.get();
     const int n_multiprocessors = lr_cuda_multiprocessors(&exec);
     for (const int n_pretended : {1, 5, 100000}) { /* large tiles, some of each, small ones */
         check_cuda(cudaMemset(y.data, 0xff, y.n), "poison");
         lr_cuda_pretend_multiprocessors(&exec, n_pretended);
-        lr_cuda_gemm(&exec, &args);
+        LR_CUDA(gemm)(&exec, &args);
         wait_device("bits");
         check_true("bits on another number of multiprocessors", y.get() == want);
     }
@@ -119,7 +119,7 @@ static void check_bits(int64_t n, int64_t k, int wide, uint64_t seed)
         check_cuda(cudaMemset(y.data, 0xff, y.n), "poison");
         args.a = a.data + part[0] * k;
         args.n_rows = part[1];
-        lr_cuda_gemm(&exec, &args);
+        LR_CUDA(gemm)(&exec, &args);
         wait_device("bits");
         const std::vector<uint8_t> got = y.get();
         char name[96];
@@ -147,17 +147,17 @@ static void check_pack()
         while ((half[i] & 0x7c00) == 0x7c00);
         wide[i] = static_cast<float>(lr_ref_load(half.data(), static_cast<int64_t>(i), LR_F16));
     }
-    const device_array<uint16_t> a(lr_cuda_weight_bytes(N, K, LR_F16) / 2), b(a.n), c(a.n);
+    const device_array<uint16_t> a(LR_CUDA(weight_bytes)(N, K, LR_F16) / 2), b(a.n), c(a.n);
     struct lr_weight w = {LR_F16, N, K, a.data, a.n * 2};
-    lr_cuda_weight_pack(&w, 0, N, half.data());
+    LR_CUDA(weight_pack)(&w, 0, N, half.data());
     w = {LR_F32, N, K, b.data, b.n * 2};
-    lr_cuda_weight_pack(&w, 0, N, wide.data());
+    LR_CUDA(weight_pack)(&w, 0, N, wide.data());
     const std::vector<uint16_t> brain = narrow(wide);
-    w = {LR_BF16, N, K, c.data, c.n * 2};
-    lr_cuda_weight_pack(&w, 0, N, brain.data());
+    w = {LR_CUDA_DTYPE, N, K, c.data, c.n * 2};
+    LR_CUDA(weight_pack)(&w, 0, N, brain.data());
     const std::vector<uint16_t> got = a.get();
     check_true("half and float32 weights differ", got == b.get());
-    check_true("float32 and bf16 weights differ", got == c.get());
+    check_true("weights of float32 and of the activation type differ", got == c.get());
     bool padded = true;
     for (size_t i = 0; i < got.size(); i++)
         padded &= i % 1024 < K ? got[i] == brain[i / 1024 * K + i % 1024] : got[i] == 0;
@@ -192,7 +192,7 @@ int main()
         for (int wide = 0; wide < 2 && (!test_is_short() || shape[0] < 1000); wide++)
             check_bits(shape[0], shape[1], wide, seed++);
     struct lr_gemm_args none = {};
-    lr_cuda_gemm(&exec, &none);
+    LR_CUDA(gemm)(&exec, &none);
     wait_device("no rows");
     return close_device("test_gemm");
 }

@@ -1,4 +1,4 @@
-/* What the tests of the dense layers and of the experts share: numbers that bf16 holds exactly, copies on both sides,
+/* What the tests of the dense layers and of the experts share: numbers that activations hold exactly, copies on both sides,
  * the CPU layout for the float64 truth, and the two questions - how far from the truth, and are the bytes the same? */
 #ifndef LR_TESTS_KERNELS_CUDA_TEST_GEMM_H
 #define LR_TESTS_KERNELS_CUDA_TEST_GEMM_H
@@ -49,27 +49,27 @@ static inline float next_float(uint64_t *seed)
     return static_cast<float>(static_cast<int64_t>(next_bits(seed) >> 40)) * 0x1p-23f - 1.0f;
 }
 
-static inline uint16_t to_bf16(float x)
+static inline uint16_t to_half(float x)
 {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    const lr::act half = lr::to_act(x);
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
 }
 
-static inline float from_bf16(uint16_t half)
+static inline float from_half(uint16_t bits)
 {
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
+    lr::act half;
+    memcpy(static_cast<void *>(&half), &bits, 2);
+    return lr::from_act(half);
 }
 
-/* n numbers in [-size, size) that bf16 holds exactly. */
+/* n numbers in [-size, size) that the activation type holds exactly. */
 static inline std::vector<float> take_numbers(int64_t n, float size, uint64_t *seed)
 {
     std::vector<float> x(static_cast<size_t>(n));
     for (float &v : x)
-        v = from_bf16(to_bf16(size * next_float(seed)));
+        v = from_half(to_half(size * next_float(seed)));
     return x;
 }
 
@@ -77,7 +77,7 @@ static inline std::vector<uint16_t> narrow(const std::vector<float> &x)
 {
     std::vector<uint16_t> y(x.size());
     for (size_t i = 0; i < x.size(); i++)
-        y[i] = to_bf16(x[i]);
+        y[i] = to_half(x[i]);
     return y;
 }
 
@@ -85,7 +85,7 @@ static inline std::vector<float> widen(const std::vector<uint16_t> &x)
 {
     std::vector<float> y(x.size());
     for (size_t i = 0; i < x.size(); i++)
-        y[i] = from_bf16(x[i]);
+        y[i] = from_half(x[i]);
     return y;
 }
 
@@ -160,7 +160,7 @@ static inline void open_device()
 {
     const struct lr_kernel_ops *ops = nullptr;
     struct lr_error err;
-    if (lr_kernels_cuda_open(0, &ops, &exec, &err) != LR_OK) {
+    if (lr_kernels_cuda_open(0, LR_CUDA_DTYPE, &ops, &exec, &err) != LR_OK) {
         printf("no device: %s\n", err.message);
         exit(77); /* skipped */
     }

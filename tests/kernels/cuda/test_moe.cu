@@ -11,7 +11,7 @@ static void check_router(int64_t n_rows, int64_t n_experts, int64_t top_k, int r
     char name[96];
     snprintf(name, sizeof name, "router %lld rows, %lld of %lld", (long long)n_rows, (long long)top_k,
              (long long)n_experts);
-    std::vector<float> logits = take_numbers(n_rows * n_experts, 4.0f, &seed); /* of bf16: many ties */
+    std::vector<float> logits = take_numbers(n_rows * n_experts, 4.0f, &seed); /* of few digits: many ties */
     const size_t n = static_cast<size_t>(n_rows * top_k);
     std::vector<double> p(logits.size()), truth(n);
     std::vector<int32_t> ids(n);
@@ -23,7 +23,7 @@ static void check_router(int64_t n_rows, int64_t n_experts, int64_t top_k, int r
     args.logits = device_logits.data;
     args.ids = device_ids.data;
     args.weights = weights.data;
-    lr_cuda_router(&exec, &args);
+    LR_CUDA(router)(&exec, &args);
     wait_device(name);
     check_true(name, device_ids.get() == ids);
     check_distance(name, distance_from(weights.get(), truth), 1e-6);
@@ -45,7 +45,7 @@ static void check_router_of_nonsense()
     const device_array<float> device_logits(logits), weights(CASES * K);
     const device_array<int32_t> device_ids(CASES * K);
     const struct lr_router_args args = {device_logits.data, CASES, EXPERTS, K, 1, device_ids.data, weights.data};
-    lr_cuda_router(&exec, &args);
+    LR_CUDA(router)(&exec, &args);
     wait_device("router of nonsense");
     const std::vector<int32_t> ids = device_ids.get();
     for (int i = 0; i < CASES * K; i++) {
@@ -99,7 +99,7 @@ static void check_sort(int64_t n_rows, int64_t n_experts, int64_t top_k, uint64_
     const device_array<int64_t> device_offsets(offsets.size()), device_order(ids.size()), device_row_of(ids.size());
     const struct lr_expert_sort_args args = {device_ids.data, n_rows, top_k, n_experts, device_offsets.data,
                                              device_order.data, device_row_of.data};
-    lr_cuda_expert_sort(&exec, &args);
+    LR_CUDA(expert_sort)(&exec, &args);
     wait_device(name);
     check_true(name, device_offsets.get() == offsets);
     check_true(name, device_order.get() == order);
@@ -120,7 +120,7 @@ static void check_gather(size_t row_bytes, int64_t n_rows, uint64_t seed)
     }
     const device_array<uint8_t> device_x(x), y(want.size());
     const device_array<int64_t> device_rows(rows);
-    lr_cuda_gather_rows(&exec, device_x.data, row_bytes, device_rows.data, n_rows, y.data);
+    LR_CUDA(gather_rows)(&exec, device_x.data, row_bytes, device_rows.data, n_rows, y.data);
     wait_device("gather");
     check_true("gather", y.get() == want);
 }
@@ -154,7 +154,7 @@ static void check_combine(int64_t n_rows, int64_t d, int64_t top_k, int shared, 
     args.y = device_y.data;
     args.shared = shared ? device_common.data : nullptr;
     args.shared_gate = shared == 2 ? device_gate.data : nullptr;
-    lr_cuda_moe_combine(&exec, &args);
+    LR_CUDA(moe_combine)(&exec, &args);
     wait_device(name);
     check_distance(name, distance_from(device_x.get(), truth), 1e-6);
 }
@@ -171,7 +171,7 @@ struct expert_weights {
     expert_weights(int64_t count, int64_t rows, int64_t columns, int64_t gap, uint64_t *seed)
         : n_experts(count), n(rows), k(columns),
           device(static_cast<size_t>(count) *
-                 (lr_cuda_weight_bytes(rows, columns, LR_F32) / 2 + static_cast<size_t>(gap)))
+                 (LR_CUDA(weight_bytes)(rows, columns, LR_F32) / 2 + static_cast<size_t>(gap)))
     {
         const size_t distance = device.n / static_cast<size_t>(count);
         check_cuda(cudaMemset(device.data, 0xff, device.n * 2), "poison"); /* NaN between the experts */
@@ -179,8 +179,8 @@ struct expert_weights {
             const std::vector<float> w = take_numbers(n * k, 2.0f / sqrtf(static_cast<float>(k)), seed);
             panels.push_back(cpu_panels(w.data(), n, k));
             cpu.push_back({LR_F32, n, k, panels[e].data(), panels[e].size() * 4});
-            cuda.push_back({LR_F32, n, k, device.data + e * distance, lr_cuda_weight_bytes(n, k, LR_F32)});
-            lr_cuda_weight_pack(&cuda[e], 0, n, w.data());
+            cuda.push_back({LR_F32, n, k, device.data + e * distance, LR_CUDA(weight_bytes)(n, k, LR_F32)});
+            LR_CUDA(weight_pack)(&cuda[e], 0, n, w.data());
         }
     }
 };
@@ -227,7 +227,7 @@ static void check_experts(const std::vector<int64_t> &counts, int64_t d, int64_t
     args.gate = gate.cuda.data();
     args.up = up.cuda.data();
     args.down = down.cuda.data();
-    lr_cuda_experts(&exec, &args);
+    LR_CUDA(experts)(&exec, &args);
     wait_device(name);
     const std::vector<uint16_t> all = y.get();
     std::vector<float> got = widen(all);
@@ -239,7 +239,7 @@ static void check_experts(const std::vector<int64_t> &counts, int64_t d, int64_t
         check_cuda(cudaMemset(y.data, 0xff, y.n * 2), "poison");
         check_cuda(cudaMemset(device_hidden.data, 0xff, device_hidden.n * 2), "poison");
         lr_cuda_pretend_multiprocessors(&exec, n_pretended);
-        lr_cuda_experts(&exec, &args);
+        LR_CUDA(experts)(&exec, &args);
         wait_device(name);
         check_true("experts on another number of multiprocessors", y.get() == all);
     }
@@ -256,7 +256,7 @@ static void check_experts(const std::vector<int64_t> &counts, int64_t d, int64_t
         args.gate = &gate.cuda[static_cast<size_t>(e)];
         args.up = &up.cuda[static_cast<size_t>(e)];
         args.down = &down.cuda[static_cast<size_t>(e)];
-        lr_cuda_experts(&exec, &args);
+        LR_CUDA(experts)(&exec, &args);
     }
     wait_device(name);
     const std::vector<uint16_t> parts = alone.get();

@@ -8,7 +8,7 @@ static float *take_rows(int64_t n_rows, int64_t width, int rounded, uint64_t *se
     float *x = check_floats(n_rows * width, 3.0f, rounded, seed);
     for (int64_t i = 0; i < n_rows * width; i++) {
         float factor = i / width == 1 ? 0x1p-60f : i / width == 2 ? 0x1p50f : i / width == 3 ? 0.0f : 1.0f;
-        x[i] *= factor; /* powers of two: still bf16 values */
+        x[i] *= factor; /* powers of two: still activations */
     }
     return x;
 }
@@ -26,7 +26,7 @@ static float *run_rmsnorm(struct lr_rmsnorm_args args, const float *x, const flo
         args.x = rows + first * args.x_stride;
         args.y = y + first * args.y_stride;
         args.n_rows = n_rows - first < part ? n_rows - first : part;
-        lr_cuda_rmsnorm(&check.exec, &args);
+        LR_CUDA(rmsnorm)(&check.exec, &args);
     }
     return fetch(y, n_rows, n, l);
 }
@@ -49,14 +49,14 @@ static void rmsnorm(void)
         host.x = x, host.x_stride = n, host.w = w;
         lr_ref_rmsnorm(&host, truth);
         float *y = run_rmsnorm(args, x, w, layouts[0], n_rows);
-        check_bf16("y", y, truth, n_rows * n, 1e-30);
+        check_act("y", y, truth, n_rows * n, 1e-30);
         for (int l = 0; l < CHECK_COUNT(layouts); l++)
             same_floats("another layout", y, run_rmsnorm(args, x, w, layouts[l], n_rows), n_rows * n);
         same_floats("row by row", y, run_rmsnorm(args, x, w, layouts[0], 1), n_rows * n);
         same_floats("in parts", y, run_rmsnorm(args, x, w, layouts[2], n_rows / 3 + 1), n_rows * n);
         check_end();
     }
-    lr_cuda_rmsnorm(&check.exec, &(struct lr_rmsnorm_args){.n_cols = 64});
+    LR_CUDA(rmsnorm)(&check.exec, &(struct lr_rmsnorm_args){.n_cols = 64});
 }
 
 /* ---- heads ---- */
@@ -83,7 +83,7 @@ static float *run_gated(
         args.z = gate + first * args.z_stride;
         args.y = y + first * args.y_stride;
         args.n_rows = n_rows - first < part ? n_rows - first : part;
-        lr_cuda_gated_rmsnorm(&check.exec, &args);
+        LR_CUDA(gated_rmsnorm)(&check.exec, &args);
     }
     return fetch(y, n_rows, width, l);
 }
@@ -103,7 +103,7 @@ static void gated_rmsnorm(void)
         for (int64_t i = 0; i < n; i += 37)
             z[i] = i % 2 ? 1e4f : -1e4f;
         for (int64_t i = 0; i < n; i++)
-            z[i] = check_from_bf16(check_to_bf16(z[i]));
+            z[i] = check_from_act(check_to_act(z[i]));
         struct lr_gated_rmsnorm_args args = {
             .n_rows = shape.n_rows, .n_heads = shape.n_heads, .head_dim = shape.head_dim, .eps = 1e-6f};
         struct lr_gated_rmsnorm_args host = args;
@@ -111,7 +111,7 @@ static void gated_rmsnorm(void)
         double *truth = check_host((size_t)n * sizeof *truth);
         lr_ref_gated_rmsnorm(&host, truth);
         float *y = run_gated(args, x, z, w, layouts[0], shape.n_rows);
-        check_bf16("y", y, truth, n, 1e-30);
+        check_act("y", y, truth, n, 1e-30);
         for (int l = 0; l < CHECK_COUNT(layouts); l++)
             same_floats("another layout", y, run_gated(args, x, z, w, layouts[l], shape.n_rows), n);
         same_floats("row by row", y, run_gated(args, x, z, w, layouts[0], 1), n);
@@ -128,7 +128,7 @@ static float *run_l2norm(struct lr_l2norm_args args, const float *x, struct layo
     for (int64_t first = 0; first < n_rows; first += part) {
         args.x = rows + first * args.x_stride;
         args.n_rows = n_rows - first < part ? n_rows - first : part;
-        lr_cuda_l2norm(&check.exec, &args);
+        LR_CUDA(l2norm)(&check.exec, &args);
     }
     return fetch(rows, n_rows, width, l);
 }
@@ -154,7 +154,7 @@ static void l2norm(void)
         double *truth = check_host((size_t)n * sizeof *truth);
         lr_ref_l2norm(&host, truth);
         float *y = run_l2norm(args, x, layouts[0], shape.n_rows);
-        check_bf16("x", y, truth, n, 1e-30);
+        check_act("x", y, truth, n, 1e-30);
         for (int l = 0; l < CHECK_COUNT(layouts); l++)
             same_floats("another layout", y, run_l2norm(args, x, layouts[l], shape.n_rows), n);
         same_floats("row by row", y, run_l2norm(args, x, layouts[0], 1), n);
@@ -185,7 +185,7 @@ static float *run_rope(struct lr_norm_rope_args args, struct rope in, int64_t be
         args.cos = cos + first * half;
         args.sin = sin + first * half;
         args.n_rows = n_rows - first < part ? n_rows - first : part;
-        lr_cuda_norm_rope(&check.exec, &args);
+        LR_CUDA(norm_rope)(&check.exec, &args);
     }
     float *all = fetch(rows, n_rows, width, l), *y = check_host((size_t)n * sizeof *y);
     for (int64_t i = 0; i < n; i++) {
@@ -227,7 +227,7 @@ static void norm_rope(void)
             double *truth = check_host((size_t)n * sizeof *truth);
             lr_ref_norm_rope(&host, truth);
             float *y = run_rope(args, in, between, layouts[0], shape.n_rows);
-            check_bf16("x", y, truth, n, 1e-5);
+            check_act("x", y, truth, n, 1e-5);
             for (int l = 0; l < CHECK_COUNT(layouts); l++)
                 same_floats("another layout", y, run_rope(args, in, between, layouts[l], shape.n_rows), n);
             same_floats("row by row", y, run_rope(args, in, between, layouts[0], 1), n);

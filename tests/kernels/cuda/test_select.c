@@ -25,7 +25,7 @@ static void *cuda_block(struct lr_kv_shape s, const float *keys)
     for (int64_t i = 0; i < BLOCK * s.n_kv_heads * s.head_dim; i++) {
         int64_t c = i % s.head_dim, h = i / s.head_dim % s.n_kv_heads, token = i / s.head_dim / s.n_kv_heads;
         int64_t panel = (h * 2 * panels + c / 64) * BLOCK * 64, piece = c % 64 / 8 ^ token % 8;
-        block[panel + token * 64 + piece * 8 + c % 8] = check_to_bf16(keys[i]);
+        block[panel + token * 64 + piece * 8 + c % 8] = check_to_act(keys[i]);
     }
     return check_device_copy(block, (size_t)n * sizeof *block);
 }
@@ -53,11 +53,11 @@ static void block_summary(void)
         struct lr_block_summary_args args = {.shape = s, .blocks = cpu_refs, .n_blocks = N};
         lr_ref_block_summary(&args, mean, min, max);
         args.blocks = refs;
-        args.shape.dtype = LR_BF16;
+        args.shape.dtype = LR_CUDA_DTYPE;
         args.mean = check_device((size_t)n * 4);
         args.min = check_device((size_t)n * 4);
         args.max = check_device((size_t)n * 4);
-        lr_cuda_block_summary(&check.exec, &args);
+        LR_CUDA(block_summary)(&check.exec, &args);
         float *got = check_download_f32(args.mean, n);
         for (int b = 0; b < N; b++) {
             int64_t size = s.n_kv_heads * s.head_dim;
@@ -68,7 +68,7 @@ static void block_summary(void)
         /* one block alone, and only its mean */
         struct lr_block_summary_args alone = {.shape = args.shape, .blocks = refs + 2, .n_blocks = 1};
         alone.mean = check_device((size_t)(n / N) * 4);
-        lr_cuda_block_summary(&check.exec, &alone);
+        LR_CUDA(block_summary)(&check.exec, &alone);
         same_floats("a block alone", got + 2 * n / N, check_download_f32(alone.mean, n / N), n / N);
         check_end();
     }
@@ -116,7 +116,7 @@ static int32_t *run_select(const struct selection *in, struct layout l, int64_t 
         args.position = position + first;
         args.n_rows = n_rows - first < part ? n_rows - first : part;
         args.chosen = chosen + first / BLOCK * args.shape.n_kv_heads * args.top_k;
-        lr_cuda_block_select(&check.exec, &args);
+        LR_CUDA(block_select)(&check.exec, &args);
     }
     check_download(host, chosen, (size_t)n * 4);
     return host;
@@ -174,7 +174,7 @@ static void block_select(void)
             means[j] = (float)((int64_t)(check_bits(&seed) % 9) - 4);
         struct selection in = {.q = q, .means = check_device_copy(means, (size_t)n_means * 4)};
         in.args = (struct lr_block_select_args){
-            .shape = {.n_heads = c.n_heads, .n_kv_heads = c.n_kv_heads, .head_dim = c.head_dim, .dtype = LR_BF16},
+            .shape = {.n_heads = c.n_heads, .n_kv_heads = c.n_kv_heads, .head_dim = c.head_dim, .dtype = LR_CUDA_DTYPE},
             .n_rows = c.n_rows,
             .position = c.position,
             .window = c.window,
@@ -217,7 +217,7 @@ static void page_bounds(void)
     uint64_t seed = 43;
     for (int i = 0; i < CHECK_COUNT(shapes); i++) {
         struct lr_page_bounds_args args = {
-            .shape = {.n_heads = shapes[i][0], .n_kv_heads = shapes[i][1], .head_dim = shapes[i][2], .dtype = LR_BF16},
+            .shape = {.n_heads = shapes[i][0], .n_kv_heads = shapes[i][1], .head_dim = shapes[i][2], .dtype = LR_CUDA_DTYPE},
             .n_rows = shapes[i][3],
             .n_pages = shapes[i][4]};
         struct lr_kv_shape s = args.shape;
@@ -245,7 +245,7 @@ static void page_bounds(void)
                 a.q = rows + first * a.q_stride;
                 a.n_rows = part;
                 a.bounds = out + first * s.n_kv_heads * args.n_pages;
-                lr_cuda_page_bounds(&check.exec, &a);
+                LR_CUDA(page_bounds)(&check.exec, &a);
             }
             float *got = check_download_f32(out, n);
             if (bounds)

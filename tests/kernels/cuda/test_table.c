@@ -8,8 +8,8 @@ static void every_slot_is_filled(void)
     struct lr_exec exec = {0};
     struct lr_error err;
     const struct lr_kernel_ops *ops = NULL;
-    check_ok(lr_kernels_cuda_open(0, &ops, &exec, &err), &err);
-    check_that(strcmp(ops->name, "cuda") == 0 && ops->act_dtype == LR_BF16 && !ops->host_memory, "what it is", 0);
+    check_ok(lr_kernels_cuda_open(0, LR_CUDA_DTYPE, &ops, &exec, &err), &err);
+    check_that(strcmp(ops->name, LR_CUDA_NAME) == 0 && ops->act_dtype == LR_CUDA_DTYPE && !ops->host_memory, "what it is", 0);
     const char *first = (const char *)&ops->memory, *end = (const char *)(ops + 1);
     for (const char *slot = first; slot < end; slot += sizeof(void *)) {
         void *function;
@@ -29,7 +29,7 @@ static void memory_comes_back(void)
     for (int i = 0; i < 3; i++) {
         struct lr_exec exec = {0};
         const struct lr_kernel_ops *ops = NULL;
-        check_ok(lr_kernels_cuda_open(0, &ops, &exec, &err), &err);
+        check_ok(lr_kernels_cuda_open(0, LR_CUDA_DTYPE, &ops, &exec, &err), &err);
         lr_kernels_cuda_close(&exec);
     }
     size_t after = lr_cuda_memory.available();

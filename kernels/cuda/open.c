@@ -1,0 +1,25 @@
+/* Opens the CUDA backend: the device, and the table of the activation type that was asked for. */
+#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/device.h"
+
+extern struct lr_kernel_ops lr_cuda_ops_bf16, lr_cuda_ops_f16; /* table.c, compiled twice */
+
+enum lr_status lr_kernels_cuda_open(int device,
+                                    enum lr_dtype act_dtype,
+                                    const struct lr_kernel_ops **out,
+                                    struct lr_exec *exec,
+                                    struct lr_error *err)
+{
+    if (act_dtype != LR_BF16 && act_dtype != LR_F16)
+        return lr_fail(err, LR_UNSUPPORTED, "activations on CUDA are bf16 or f16");
+    LR_TRY(lr_cuda_device_open(device, exec, err));
+    struct lr_kernel_ops *ops = act_dtype == LR_F16 ? &lr_cuda_ops_f16 : &lr_cuda_ops_bf16;
+    ops->memory = lr_cuda_memory;
+    *out = ops;
+    return LR_OK;
+}
+
+void lr_kernels_cuda_close(struct lr_exec *exec)
+{
+    lr_cuda_device_close(exec);
+}
