@@ -102,8 +102,23 @@ static void run_store_rows(void)
                                                   .blocks = blocks};
             LR_CUDA(kv_store_rows)(&check.exec, &store);
         }
-        for (int b = 0; b < 3; b++)
+        for (int b = 0; b < 3; b++) {
             check_same("blocks stored by rows", d.blocks[b], copies[b], bytes);
+            lr_cuda_memory.zero(&check.exec, copies[b], bytes);
+        }
+        for (int64_t t = 0; t < 300; t++) {
+            struct lr_kv_store_args store = {.shape = d.shape,
+                                             .k = d.device_k + t * width,
+                                             .k_stride = width,
+                                             .v = d.device_v + t * width,
+                                             .v_stride = width,
+                                             .n_rows = 1,
+                                             .position = t,
+                                             .blocks = copies + t / BLOCK};
+            LR_CUDA(kv_store)(&check.exec, &store);
+        }
+        for (int b = 0; b < 3; b++)
+            check_same("blocks stored token by token", d.blocks[b], copies[b], bytes);
     }
 }
 

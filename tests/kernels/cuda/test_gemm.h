@@ -94,9 +94,12 @@ template <class T> struct device_array {
     T *data = nullptr;
     size_t n = 0;
 
+    /* All bits set: a NaN shows where an output is not written. */
     explicit device_array(size_t count) : n(count)
     {
         check_cuda(cudaMalloc(reinterpret_cast<void **>(&data), (count ? count : 1) * sizeof(T)), "memory");
+        check_cuda(cudaMemset(data, 0xff, count * sizeof(T)), "poison");
+        check_cuda(cudaStreamSynchronize(cudaStreamLegacy), "poison"); /* the slots' stream does not wait for it */
     }
     explicit device_array(const std::vector<T> &host) : device_array(host.size())
     {

