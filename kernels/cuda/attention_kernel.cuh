@@ -211,9 +211,11 @@ static __device__ __forceinline__ void store_state(
         }
 }
 
+/* The whole warp: behind it, one lane may give the stage back for all. */
 static __device__ __forceinline__ step_note load_note(const step_note *notes, uint32_t stage)
 {
     const int4 x = load_shared(shared_address(notes) + stage * static_cast<uint32_t>(sizeof *notes));
+    __syncwarp();
     return {static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(x.y)) << 32 | static_cast<uint32_t>(x.x)),
             x.z, x.w};
 }

@@ -1,6 +1,7 @@
 #!/bin/sh
 # How often the most likely token is the one of transformers in float32, at every position of the fixture's 6,000 tokens,
-# for each type of activations. Float32 must agree everywhere but at ties of rounding.
+# for each type of activations. Float32 must agree everywhere but at ties of rounding. Where rounded activations differ, the
+# two best tokens were close, or an expert was chosen otherwise because two of them were.
 . "$(dirname "$0")/lib.sh"
 with_device
 
@@ -21,7 +22,7 @@ compare()
 if [ "$device" = cpu ]; then
     compare 1 1e-4
 else
-    compare 0.98 0.8 --act-dtype bf16
-    compare 0.995 0.2 --act-dtype f16
+    compare 0.98 1.2 --act-dtype bf16
+    compare 0.995 1.2 --act-dtype f16
 fi
 finish

@@ -120,6 +120,8 @@ static inline uint64_t check_bits(uint64_t *seed) /* splitmix64 */
 
 #ifdef LR_CUDA_F16
 enum { ACT_DIGITS = 11 };
+#define ACT_LARGE 0x1p12f    /* with room above for sums */
+#define ACT_FLOOR 0x1p-25    /* half of the smallest number: what rounding costs there */
 
 static inline uint16_t check_to_act(float x) /* to nearest, ties to even */
 {
@@ -137,6 +139,8 @@ static inline float check_from_act(uint16_t bits)
 }
 #else
 enum { ACT_DIGITS = 8 };
+#define ACT_LARGE 0x1p50f
+#define ACT_FLOOR 0x1p-134
 
 static inline uint16_t check_to_act(float x) /* to nearest, ties to even */
 {

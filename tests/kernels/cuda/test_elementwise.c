@@ -119,9 +119,10 @@ static void sigmoid_gate(void)
         lr_ref_sigmoid_gate(&host, truth);
         float *y = run_gate(args, x, gate, layouts[0], args.n_rows);
         check_act("y", y, truth, n, 1e-30);
-        for (int l = 0; l < CHECK_COUNT(layouts); l++)
+        for (int l = first_layout(); l < CHECK_COUNT(layouts); l++)
             same_floats("another layout", y, run_gate(args, x, gate, layouts[l], args.n_rows), n);
-        same_floats("row by row", y, run_gate(args, x, gate, layouts[0], 1), n);
+        if (goes_by_rows(args.n_rows))
+            same_floats("row by row", y, run_gate(args, x, gate, layouts[0], 1), n);
         same_floats("in parts", y, run_gate(args, x, gate, layouts[2], args.n_rows / 3 + 1), n);
         check_end();
     }

@@ -106,7 +106,7 @@ static void check_bits(int64_t n, int64_t k, int wide, uint64_t seed)
     const std::vector<uint8_t> want = y.get();
     const int n_multiprocessors = lr_cuda_multiprocessors(&exec);
     for (const int n_pretended : {1, 5, 100000}) { /* large tiles, some of each, small ones */
-        check_cuda(cudaMemset(y.data, 0xff, y.n), "poison");
+        y.poison();
         lr_cuda_pretend_multiprocessors(&exec, n_pretended);
         LR_CUDA(gemm)(&exec, &args);
         wait_device("bits");
@@ -116,7 +116,7 @@ static void check_bits(int64_t n, int64_t k, int wide, uint64_t seed)
     for (const auto &part : parts) {
         if (part[0] + part[1] > ROWS)
             continue;
-        check_cuda(cudaMemset(y.data, 0xff, y.n), "poison");
+        y.poison();
         args.a = a.data + part[0] * k;
         args.n_rows = part[1];
         LR_CUDA(gemm)(&exec, &args);

@@ -98,8 +98,7 @@ template <class T> struct device_array {
     explicit device_array(size_t count) : n(count)
     {
         check_cuda(cudaMalloc(reinterpret_cast<void **>(&data), (count ? count : 1) * sizeof(T)), "memory");
-        check_cuda(cudaMemset(data, 0xff, count * sizeof(T)), "poison");
-        check_cuda(cudaStreamSynchronize(cudaStreamLegacy), "poison"); /* the slots' stream does not wait for it */
+        poison();
     }
     explicit device_array(const std::vector<T> &host) : device_array(host.size())
     {
@@ -111,9 +110,17 @@ template <class T> struct device_array {
     {
         cudaFree(data);
     }
+    /* The slots' stream waits for neither: memory of the device may be set, and pageable memory of the host be on its
+     * way, when the call returns. */
+    void poison()
+    {
+        check_cuda(cudaMemset(data, 0xff, n * sizeof(T)), "poison");
+        check_cuda(cudaStreamSynchronize(cudaStreamLegacy), "poison");
+    }
     void put(const std::vector<T> &host)
     {
         check_cuda(cudaMemcpy(data, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "copy");
+        check_cuda(cudaStreamSynchronize(cudaStreamLegacy), "copy");
     }
     std::vector<T> get() const
     {

@@ -212,8 +212,9 @@ static void check_experts(const std::vector<int64_t> &counts, int64_t d, int64_t
     std::vector<double> truth(static_cast<size_t>(n_rows * d)), hidden(static_cast<size_t>(ffn));
     lr_ref_experts(&args, hidden.data(), truth.data());
 
-    const device_array<uint16_t> device_x(narrow(x)), device_hidden(static_cast<size_t>(bound * ffn));
-    const device_array<uint16_t> y(static_cast<size_t>(bound * d)), alone(static_cast<size_t>(bound * d));
+    const device_array<uint16_t> device_x(narrow(x));
+    device_array<uint16_t> device_hidden(static_cast<size_t>(bound * ffn));
+    device_array<uint16_t> y(static_cast<size_t>(bound * d)), alone(static_cast<size_t>(bound * d));
     const device_array<int64_t> device_offsets(offsets);
     args.x = device_x.data;
     args.y = y.data;
@@ -232,8 +233,8 @@ static void check_experts(const std::vector<int64_t> &counts, int64_t d, int64_t
 
     const int n_multiprocessors = lr_cuda_multiprocessors(&exec);
     for (const int n_pretended : {1, 100000}) { /* large tiles, small ones */
-        check_cuda(cudaMemset(y.data, 0xff, y.n * 2), "poison");
-        check_cuda(cudaMemset(device_hidden.data, 0xff, device_hidden.n * 2), "poison");
+        y.poison();
+        device_hidden.poison();
         lr_cuda_pretend_multiprocessors(&exec, n_pretended);
         LR_CUDA(experts)(&exec, &args);
         wait_device(name);
