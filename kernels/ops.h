@@ -296,11 +296,11 @@ struct lr_kv_shape {
     enum lr_dtype dtype; /* CPU: LR_F32 or LR_BF16. CUDA: the activation type */
 };
 
-/* A block that a query may read. */
+/* A block that a query may read, or half of one. */
 struct lr_kv_ref {
-    const void *data;
-    int64_t position; /* of its first token, a multiple of 128 */
-    int32_t n_keys;   /* 1..128 */
+    const void *data; /* the block, for its second half too */
+    int64_t position; /* of the first key that is meant: a multiple of 128, or 64 more for the block's second half */
+    int32_t n_keys;   /* 1..128, and not beyond the block's end */
     int32_t whole;    /* 1: seen by window and sinks rules alike (a chosen block); causality still holds */
 };
 
@@ -354,6 +354,7 @@ struct lr_attention_args {
     int64_t sinks;
     const struct lr_kv_list *lists; /* host; one list for all; or [query block][n_kv_heads] where n_lists > 1: */
     int64_t n_lists;                /*   row r reads list (positions[r] / 128 - positions[0] / 128, its KV head) */
+    int half_blocks;                /* 1: refs may name halves of blocks. The same for every call that folds a row */
     int first;                      /* 1: nothing was folded yet */
     float *m;                       /* [n_rows, n_heads] */
     float *l;                       /* [n_rows, n_heads] */
@@ -529,7 +530,8 @@ struct lr_memory_ops {
 };
 
 struct lr_kernel_ops {
-    const char *name; /* "cpu-v4", "cpu-v3", "cpu-c", "cuda-bf16", "cuda-f16" */
+    const char *name; /* "cpu-v4", "cpu-v3", "cpu-c"; "cuda-bf16", "cuda-f16", with "-mma" behind for the portable
+                         kernels. CPUs give the same bits under all their names, GPUs under one */
     enum lr_dtype act_dtype; /* of lr_act: LR_F32 (cpu), LR_BF16 or LR_F16 (cuda) */
     int host_memory;         /* 1: the backend's memory is the host's */
     struct lr_memory_ops memory;

@@ -38,14 +38,14 @@ struct reader {
     const struct lr_kv_list *list;
 };
 
-/* scale * (q . k), or -inf where the key is not visible */
-static double score(const struct reader *r, const struct lr_kv_ref *ref, int64_t token)
+/* scale * (q . k) of the j-th key of `ref`, or -inf where it is not visible */
+static double score(const struct reader *r, const struct lr_kv_ref *ref, int64_t j)
 {
-    if (!is_visible(r->args, ref, ref->position + token, r->position))
+    if (!is_visible(r->args, ref, ref->position + j, r->position))
         return -(double)INFINITY;
     double sum = 0.0;
     for (int64_t i = 0; i < r->args->shape.head_dim; i++)
-        sum += (double)r->q[i] * key_at(r->args->shape, ref->data, r->kv_head, token, i);
+        sum += (double)r->q[i] * key_at(r->args->shape, ref->data, r->kv_head, ref->position % BLOCK + j, i);
     return (double)r->args->scale * sum;
 }
 
@@ -63,10 +63,11 @@ static double read_blocks(const struct reader *r, double *y)
         return largest;
     for (int64_t b = 0; b < r->list->n_refs; b++)
         for (int64_t j = 0; j < r->list->refs[b].n_keys; j++) {
-            double p = exp(score(r, &r->list->refs[b], j) - largest);
+            const struct lr_kv_ref *ref = &r->list->refs[b];
+            double p = exp(score(r, ref, j) - largest);
             sum += p;
             for (int64_t i = 0; p > 0.0 && i < s.head_dim; i++)
-                y[i] += p * value_at(s, r->list->refs[b].data, r->kv_head, j, i);
+                y[i] += p * value_at(s, ref->data, r->kv_head, ref->position % BLOCK + j, i);
         }
     for (int64_t i = 0; i < s.head_dim; i++)
         y[i] /= sum;

@@ -4,25 +4,28 @@
 #include <math.h>
 
 /* One token of one head, S [dk, n]:  S <- exp(g) S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q
- * v NULL: zeros; o NULL: not wanted. Columns of S do not meet. */
+ * v NULL: zeros; o NULL: not wanted. Columns of S do not meet; sums over its rows ascend. */
 static void token(
     double *s, int64_t dk, int64_t n, const float *q, const float *k, const float *v, double g, double beta, double *o)
 {
-    double decay = exp(g);
-    for (int64_t j = 0; j < n; j++) {
-        double read = 0.0, out = 0.0;
-        for (int64_t i = 0; i < dk; i++) {
+    double decay = exp(g), change[LR_MAX_DELTA_DIM];
+    for (int64_t j = 0; j < n; j++)
+        change[j] = 0.0;
+    for (int64_t i = 0; i < dk; i++)
+        for (int64_t j = 0; j < n; j++) {
             s[i * n + j] *= decay;
-            read += (double)k[i] * s[i * n + j];
+            change[j] += (double)k[i] * s[i * n + j];
         }
-        double change = beta * ((v ? (double)v[j] : 0.0) - read);
-        for (int64_t i = 0; i < dk; i++) {
-            s[i * n + j] += (double)k[i] * change;
-            out += (double)q[i] * s[i * n + j];
-        }
-        if (o)
-            o[j] = out;
-    }
+    for (int64_t j = 0; j < n; j++)
+        change[j] = beta * ((v ? (double)v[j] : 0.0) - change[j]);
+    for (int64_t i = 0; i < dk; i++)
+        for (int64_t j = 0; j < n; j++)
+            s[i * n + j] += (double)k[i] * change[j];
+    for (int64_t j = 0; o && j < n; j++)
+        o[j] = 0.0;
+    for (int64_t i = 0; o && i < dk; i++)
+        for (int64_t j = 0; j < n; j++)
+            o[j] += (double)q[i] * s[i * n + j];
 }
 
 static void

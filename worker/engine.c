@@ -190,6 +190,21 @@ static enum lr_status open_local(const struct lr_engine_options *options,
                          engine->experts_replicated, &engine->model, err);
 }
 
+/* GPUs round as their kernels do: all of a world must have worker 0's. Collective. */
+static enum lr_status compare_kernels(struct lr_engine *engine, struct lr_error *err)
+{
+    char name[32] = "";
+    enum lr_status status = LR_OK;
+    snprintf(name, sizeof name, "%s", engine->ops->name);
+    LR_TRY(lr_comm_broadcast(engine->comm, "kernels", 0, name, sizeof name, err));
+    if (!engine->ops->host_memory && strcmp(name, engine->ops->name) != 0)
+        status = lr_fail(err, LR_UNSUPPORTED,
+                         "worker %d (%s) would compute with the kernels %s, worker 0 with %s, which round differently; "
+                         "LR_CUDA_KERNELS=mma gives every GPU the same",
+                         engine->comm->rank, engine->device_name, engine->ops->name, name);
+    return lr_agree(engine->comm, status, err);
+}
+
 enum lr_status lr_engine_open(const struct lr_engine_options *options,
                               struct lr_comm *comm,
                               struct lr_engine *engine,
@@ -201,6 +216,8 @@ enum lr_status lr_engine_open(const struct lr_engine_options *options,
     if (status == LR_OK)
         status = open_local(options, device, engine, err);
     status = lr_agree(comm, status, err);
+    if (status == LR_OK)
+        status = compare_kernels(engine, err);
     if (status == LR_OK)
         status = open_links(options, engine, err);
     if (status != LR_OK)

@@ -2,7 +2,8 @@
  *
  *   name  milliseconds  flops  bytes
  *
- * with the fewest bytes that the work can move. experts_peers.py reads it and puts PyTorch's times beside it. */
+ * with the fewest bytes that the work can move. On a GPU with two sets of kernels the products of the portable ones
+ * follow, as mma_NAME. experts_peers.py reads it and puts PyTorch's times beside it. */
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/cuda.h"
 
@@ -87,7 +88,7 @@ template <class Run> static double median_ms(Run run)
 
 static void report(const char *name, double ms, double flops, double bytes)
 {
-    printf("%-44s %9.4f %.4e %.4e\n", name, ms, flops, bytes);
+    printf("%s%-44s %9.4f %.4e %.4e\n", lr_cuda_hopper_kernels(&exec) ? "" : "mma_", name, ms, flops, bytes);
     fflush(stdout);
 }
 
@@ -174,14 +175,18 @@ static void time_experts(int64_t n_tokens, int64_t n_experts, int64_t top_k, int
         cudaFree(memory);
 }
 
-int main()
+static void open_device()
 {
     const struct lr_kernel_ops *ops;
     struct lr_error err;
-    if (lr_kernels_cuda_open(0, LR_CUDA_DTYPE, &ops, &exec, &err) != LR_OK) {
-        fprintf(stderr, "no device: %s\n", err.message);
-        return 1;
-    }
+    if (lr_kernels_cuda_open(0, LR_CUDA_DTYPE, &ops, &exec, &err) == LR_OK)
+        return;
+    fprintf(stderr, "no device: %s\n", err.message);
+    exit(1);
+}
+
+static void time_all()
+{
     time_experts(16384, 128, 8, 2048, 768);
     time_experts(65536, 8, 2, 256, 256);
     time_gemm(8192, 8192, 8192, 0, 0);
@@ -194,6 +199,18 @@ int main()
     time_gemm(1, 2048, 2048, 0, 0);
     time_gemm(1, 8192, 256, 1, 0);
     time_gemm(64, 2048, 2048, 0, 0);
+}
+
+int main()
+{
+    open_device();
+    time_all();
+    if (lr_cuda_hopper_kernels(&exec)) {
+        lr_kernels_cuda_close(&exec);
+        setenv("LR_CUDA_KERNELS", "mma", 1);
+        open_device();
+        time_all();
+    }
     lr_kernels_cuda_close(&exec);
     return 0;
 }

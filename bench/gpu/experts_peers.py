@@ -50,7 +50,7 @@ print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
 for line in open(sys.argv[1]):
     name, time, flops, size = line.split()[:4]
     time, flops, size = float(time), float(flops), float(size)
-    parts = name.split("_")
+    parts = name.removeprefix("mma_").split("_")
     peer = None
     if parts[0] == "experts":
         peer = experts(int(parts[1]), int(parts[2][3:]), int(parts[4]), int(parts[5][1:]), int(parts[6][1:]))

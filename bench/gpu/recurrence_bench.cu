@@ -4,6 +4,8 @@
  * kernels make, TB/s of the bytes that must move (q, k, v and gates read once, o written once), and the share of the
  * rate at which this device copies. Inputs are random, as are the states; nothing is warm in the second-level cache but
  * what the kernels themselves leave there. bench/gpu/recurrence_peers.py times the peers on the same shapes. */
+#include "kernels/cuda/backend.h"
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/recurrence.h"
 #include <algorithm>
 #include <cuda_bf16.h>
@@ -90,8 +92,9 @@ float median(std::vector<float> &x)
     return x[x.size() / 2];
 }
 
-struct times measure(const struct shape &s, int n_repeats, cudaStream_t stream)
+struct times measure(const struct shape &s, int n_repeats, const struct lr_exec *exec)
 {
+    cudaStream_t stream = static_cast<cudaStream_t>(exec->stream);
     const int64_t keys = s.heads.n_k_heads * s.heads.dk;
     const int64_t values = s.heads.n_v_heads * s.heads.dv;
     const int64_t n_gates = s.n_rows * s.heads.n_v_heads;
@@ -124,6 +127,7 @@ struct times measure(const struct shape &s, int n_repeats, cudaStream_t stream)
     args.scale = 1.0f / sqrtf(static_cast<float>(s.heads.dk));
     args.n_rows = s.n_rows;
     args.n_sequences = 1;
+    args.hopper = lr_cuda_hopper_kernels(exec);
     args.work = take<char>(static_cast<int64_t>(LR_CUDA(recurrence_work_bytes)(s.rule, s.heads, s.n_rows, 1)));
 
     cudaEvent_t events[3];
@@ -197,14 +201,18 @@ int main(int argc, char **argv)
 {
     const int n_repeats = argc > 1 ? atoi(argv[1]) : 30;
     const size_t n_shapes = argc > 2 ? static_cast<size_t>(atoi(argv[2])) : sizeof SHAPES / sizeof *SHAPES;
-    cudaStream_t stream;
-    must(cudaStreamCreate(&stream), "cudaStreamCreate");
-    const double ceiling = copy_rate(stream);
+    struct lr_exec exec;
+    struct lr_error err;
+    if (lr_cuda_device_open(0, &exec, &err) != LR_OK) {
+        fprintf(stderr, "%s\n", err.message);
+        return 1;
+    }
+    const double ceiling = copy_rate(static_cast<cudaStream_t>(exec.stream));
     printf("copy %.2f TB/s\n", ceiling);
     printf("rule   heads  dim    tokens | prepare  output    both ms | TFLOP/s   TB/s  of copy\n");
     for (size_t i = 0; i < n_shapes; i++) {
         const struct shape &s = SHAPES[i];
-        const struct times t = measure(s, n_repeats, stream);
+        const struct times t = measure(s, n_repeats, &exec);
         const double rate = bytes_of(s) * 1e-9 / static_cast<double>(t.both);
         printf("%s %3lld/%-3lld %4lld %9lld | %7.3f %7.3f %7.3f    | %7.0f %6.2f   %3.0f %%\n",
                s.rule == LR_RECURRENCE_DELTA ? "delta" : "decay", static_cast<long long>(s.heads.n_k_heads),
@@ -214,5 +222,6 @@ int main(int argc, char **argv)
                100.0 * rate / ceiling);
         fflush(stdout);
     }
+    lr_cuda_device_close(&exec);
     return 0;
 }

@@ -26,19 +26,29 @@ results=${results:-bench/results/gpu-$(echo "${gpu%%,*}" | tr ' ' '-')-$commit.t
 mkdir -p "$(dirname "$results")"
 export PATH=$PATH:/usr/local/cuda/bin LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}:/usr/local/cuda/lib64
 
+# The architecture of a .cu file: this machine's, but for the kernels of sm_90 alone (kernels/CMakeLists.txt lists them).
+hopper=$(sed -n 's/^set(LR_CUDA_HOPPER \(.*\))$/\1/p' kernels/CMakeLists.txt)
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
+architecture()
+{
+    local number=$capability
+    [[ $number != 90 && " $hopper " != *" cuda/$(basename "$1") "* ]] || number=90a
+    echo "arch=compute_$number,code=sm_$number"
+}
+
 # A program that does not build is reported; the others go on. What touches activations is compiled for both types.
 compile()
 {
     build=build/gpu
     local objects=$build/objects c=(-std=gnu17 -D_GNU_SOURCE -O2 -I. -ffp-contract=off -fno-math-errno)
-    local cuda=(-std=c++17 -O3 -gencode "arch=compute_90a,code=sm_90a" -lineinfo -I.)
+    local cuda=(-std=c++17 -O3 -lineinfo -I.)
     local file name type define
     mkdir -p "$objects" $build/tests/cuda $build/bin
     rm -f "$objects"/*
     for type in bf16 f16; do
         define=-DLR_CUDA_${type^^}
         for file in kernels/cuda/*.cu; do
-            nvcc "${cuda[@]}" "$define" -c "$file" -o "$objects/$(basename "$file" .cu)_$type.o" &
+            nvcc "${cuda[@]}" -gencode "$(architecture "$file")" "$define" -c "$file" -o "$objects/$(basename "$file" .cu)_$type.o" &
         done
         gcc "${c[@]}" "$define" -c kernels/cuda/table.c -o "$objects/table_$type.o" &
     done
@@ -59,10 +69,10 @@ compile()
                 nvcc "${cuda[@]}" "$objects/$name.o" -o "$build/tests/cuda/$name" "${link[@]}"; } &
         done
         for file in tests/kernels/cuda/test_*.cu; do
-            nvcc "${cuda[@]}" "$define" "$file" -o "$build/tests/cuda/$(basename "$file" .cu)_$type" "${link[@]}" &
+            nvcc "${cuda[@]}" -gencode "$(architecture "$file")" "$define" "$file" -o "$build/tests/cuda/$(basename "$file" .cu)_$type" "${link[@]}" &
         done
         for file in bench/gpu/*_bench.cu; do
-            nvcc "${cuda[@]}" "$define" "$file" -o "$build/bin/$(basename "$file" .cu)_$type" "${link[@]}" &
+            nvcc "${cuda[@]}" -gencode "$(architecture "$file")" "$define" "$file" -o "$build/bin/$(basename "$file" .cu)_$type" "${link[@]}" &
         done
     done
     wait
@@ -79,29 +89,33 @@ run()
     [ $status -eq 0 ] || [ $status -eq 77 ] || echo "FAILED ($status): $title"
 }
 
-# sanitize LOG_FOLDER TOOL PROGRAM: one report and, last, a line for the summary
+# sanitize LOG_FOLDER TOOL KERNELS PROGRAM: one report and, last, a line for the summary
 sanitize()
 {
-    local log="$1/$2.$(basename "$3").log" options=() begin=$SECONDS status
+    local title log options=() begin=$SECONDS status
+    title="$2 $(basename "$4") $3"
+    log="$1/${title// /.}.log"
     [ "$2" = racecheck ] && options=(--racecheck-report analysis --racecheck-num-workers 2)
     # errors that calls return are not the sanitizer's business: one test asks for too much memory on purpose
-    LR_TEST_SHORT=1 timeout -k 5 "${SECONDS_EACH:-300}" compute-sanitizer --tool "$2" "${options[@]}" \
-        --report-api-errors no --max-connections 100 --launch-timeout 60 --error-exitcode 9 "$3" > "$log" 2>&1
+    LR_CUDA_KERNELS=$3 LR_TEST_SHORT=1 timeout -k 5 "${SECONDS_EACH:-300}" compute-sanitizer --tool "$2" "${options[@]}" \
+        --report-api-errors no --max-connections 100 --launch-timeout 60 --error-exitcode 9 "$4" > "$log" 2>&1
     status=$?
-    echo "$2 $(basename "$3"): exit $status, $((SECONDS - begin)) s, $(grep -E 'SUMMARY|TIME' "$log" | tail -1)" >> "$log"
+    echo "$title: exit $status, $((SECONDS - begin)) s, $(grep SUMMARY "$log" | tail -1)" >> "$log"
 }
 export -f sanitize
 
 sanitize_all()
 {
-    local logs=$build/sanitizer tool program log
+    local logs=$build/sanitizer tool kernels program log
     rm -rf "$logs"
     mkdir -p "$logs"
     for tool in racecheck memcheck synccheck; do
-        for program in "$build"/tests/cuda/test_*; do
-            printf '%s %s %s\n' "$logs" $tool "$program"
+        for kernels in auto mma; do
+            for program in "$build"/tests/cuda/test_*; do
+                printf '%s %s %s %s\n' "$logs" $tool $kernels "$program"
+            done
         done
-    done | xargs -P "$(nproc)" -L 1 bash -c 'sanitize "$0" "$1" "$2"'
+    done | xargs -P "$(nproc)" -L 1 bash -c 'sanitize "$0" "$1" "$2" "$3"'
     for log in "$logs"/*.log; do
         tail -1 "$log"
         tail -1 "$log" | grep -q ': exit 0,' && continue
@@ -125,6 +139,7 @@ everything()
     if [[ $steps == *tests* ]]; then
         for program in "$build"/tests/cuda/test_*; do
             run 60 "$(basename "$program")" "$program"
+            run 60 "$(basename "$program"), portable kernels" env LR_CUDA_KERNELS=mma "$program"
         done
     fi
     if [[ $steps == *client* ]]; then

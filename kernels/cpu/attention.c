@@ -147,7 +147,7 @@ static void store_tile(
         }
 }
 
-/* Keys of a block that the query at `position` sees: [from, to) and those below `sinks`, numbered within the block. */
+/* Keys of a ref that the query at `position` sees: [from, to) and those below `sinks`, numbered from its first. */
 struct visible {
     int64_t from, to, sinks;
 };
@@ -211,7 +211,9 @@ static void
 fold_block(const struct lr_attention_args *a, int64_t kv_head, const struct lr_kv_ref *ref, struct attention_tile *t)
 {
     int64_t d = a->shape.head_dim, bytes = (int64_t)lr_dtype_bytes(a->shape.dtype);
-    const char *k = (const char *)ref->data + kv_head * head_elements(a->shape) * bytes;
+    const char *k = (const char *)ref->data + kv_head * head_elements(a->shape) * bytes, *v = k + BLOCK * d * bytes;
+    k += ref->position % BLOCK * d * bytes; /* half a block is four panels of keys */
+    v += ref->position % BLOCK * t->dv16 * bytes;
     struct visible seen[MAX_TILE_ROWS];
     int any = 0;
     for (int64_t row = 0; row < t->rows; row++) {
@@ -236,7 +238,7 @@ fold_block(const struct lr_attention_args *a, int64_t kv_head, const struct lr_k
     struct lr_tile out = {.a = t->scores,
                           .a_row = BLOCK,
                           .a_k = 1,
-                          .b = k + BLOCK * d * bytes,
+                          .b = v,
                           .b_panel = 16,
                           .b_k = t->dv16,
                           .c = t->o,

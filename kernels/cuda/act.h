@@ -14,12 +14,10 @@
 #define LR_CUDA_ACT f16
 #define LR_CUDA(name) lr_cuda_##name##_f16
 #define LR_CUDA_DTYPE LR_F16
-#define LR_CUDA_NAME "cuda-f16"
 #else
 #define LR_CUDA_ACT bf16
 #define LR_CUDA(name) lr_cuda_##name##_bf16
 #define LR_CUDA_DTYPE LR_BF16
-#define LR_CUDA_NAME "cuda-bf16"
 #endif
 
 #ifdef __CUDACC__

@@ -1,13 +1,8 @@
-/* Which kernel a fold takes: by the padded head dimension, and by how many rows a tile can be filled with. The row's
+/* Which kernel for Hopper a fold takes: by the padded head dimension, and by how many rows a tile can be filled with. The row's
  * bits are the same in all of them. */
 #include "kernels/cuda/attention_kernel.cuh"
 
-int64_t LR_CUDA(padded_head_dim)(int64_t head_dim)
-{
-    return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : head_dim <= 256 ? 256 : 0;
-}
-
-void LR_CUDA(fold_rows)(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot)
+void LR_CUDA(fold_rows_hopper)(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot)
 {
     const int64_t tile_rows = fold->max_tokens * (fold->shape.n_heads / fold->shape.n_kv_heads);
     cudaStream_t stream = static_cast<cudaStream_t>(exec->stream);

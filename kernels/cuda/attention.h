@@ -5,7 +5,7 @@
  *
  *   K: padded / 64 panels of [128 tokens][64 channels]  |  V: the same
  *
- * each panel in the 128-byte swizzle of hopper.cuh. A block starts on a multiple of 128 bytes; tokens that do not exist
+ * each panel in the 128-byte swizzle of mma.cuh. A block starts on a multiple of 128 bytes; tokens that do not exist
  * yet are zero.
  *
  * The running softmax is in log2 units: l = sum_j exp2(s_j log2(e) - m), o likewise, with a reference m that trails the
@@ -64,8 +64,10 @@ struct lr_cuda_fold {
 /* Channels of a head in a block: 64, 128 or 256; 0 beyond. */
 int64_t LR_CUDA(padded_head_dim)(int64_t head_dim);
 
-/* Launches on exec's stream. */
+/* Launches on exec's stream: the kernels for Hopper or the portable ones, as lr_cuda_hopper_kernels says. */
 void LR_CUDA(fold_rows)(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot);
+void LR_CUDA(fold_rows_hopper)(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot);
+void LR_CUDA(fold_rows_portable)(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot);
 
 #ifdef __cplusplus
 }

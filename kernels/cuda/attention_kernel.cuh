@@ -19,9 +19,6 @@
 namespace lr::LR_CUDA_ACT
 {
 
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float MAX_TRAIL = 8.0f; /* the weights are at most 2^8 */
-
 template <int D, int KEYS> struct fold_state {
     float o[D / 2];        /* [D / 8][4]: columns 8 i + 2 (lane mod 4) + {0, 1} of the first row, then of the second */
     float score[KEYS / 2]; /* [KEYS / 8][4]: the same for keys; becomes the weights before rounding */
@@ -60,11 +57,6 @@ static __device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint
         else
             wgmma_n64<1>(o, a, b, true);
     }
-}
-
-static __device__ __forceinline__ int clamp_key(int64_t key)
-{
-    return key < 0 ? 0 : key > BLOCK ? BLOCK : static_cast<int>(key);
 }
 
 /* Scores of keys that a row may not see become -inf: it sees those below `to`, but, with a window, none in [sinks,

@@ -1,7 +1,7 @@
 /* The table's slots around attention: storing keys and values in blocks, and folding listed blocks into rows. */
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/attention_packet.h"
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/mma.cuh"
 
 namespace lr::LR_CUDA_ACT
 {

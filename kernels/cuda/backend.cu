@@ -27,6 +27,7 @@ constexpr int64_t DOZE_NS = 50000;
 
 struct backend {
     int device, n_multiprocessors;
+    int hopper_kernels; /* or the portable ones */
     char name[256];
     cudaStream_t stream;
     char *pinned, *ring, *landing, *scratch;
@@ -107,6 +108,26 @@ enum lr_status fail(struct lr_error *err, cudaError_t error, int device, const c
             return fail(err, cuda_try_error_, b->device, what);                                                        \
     } while (0)
 
+/* Which kernels the device takes: LR_CUDA_KERNELS or, by default, the fastest that it can run. */
+enum lr_status choose_kernels(struct backend *b, const struct cudaDeviceProp &properties, struct lr_error *err)
+{
+    const int sm = 10 * properties.major + properties.minor;
+    const char *wanted = getenv("LR_CUDA_KERNELS");
+    if (wanted == nullptr || *wanted == '\0')
+        wanted = "auto";
+    const bool hopper = strcmp(wanted, "hopper") == 0;
+    if (!hopper && strcmp(wanted, "auto") != 0 && strcmp(wanted, "mma") != 0)
+        return lr_fail(err, LR_INVALID, "LR_CUDA_KERNELS is '%s'; it may be auto, hopper or mma", wanted);
+    if (sm < 80)
+        return lr_fail(err, LR_UNSUPPORTED, "GPU %d (%s) is sm_%d; the CUDA backend needs sm_80 (A100) or later",
+                       b->device, properties.name, sm);
+    if (hopper && sm != 90)
+        return lr_fail(err, LR_UNSUPPORTED, "GPU %d (%s) is sm_%d; LR_CUDA_KERNELS=hopper needs sm_90 (H100, H200)",
+                       b->device, properties.name, sm);
+    b->hopper_kernels = sm == 90 && strcmp(wanted, "mma") != 0;
+    return LR_OK;
+}
+
 enum lr_status choose_device(struct backend *b, struct lr_error *err)
 {
     const int n_devices = lr_cuda_device_count();
@@ -114,9 +135,7 @@ enum lr_status choose_device(struct backend *b, struct lr_error *err)
         return lr_fail(err, LR_INVALID, "no GPU %d: this machine has %d usable ones", b->device, n_devices);
     struct cudaDeviceProp properties;
     CUDA_TRY(cudaGetDeviceProperties(&properties, b->device), "read its properties");
-    if (properties.major != 9)
-        return lr_fail(err, LR_UNSUPPORTED, "GPU %d (%s) is sm_%d%d; the CUDA backend is built for sm_90 (H100, H200)",
-                       b->device, properties.name, properties.major, properties.minor);
+    LR_TRY(choose_kernels(b, properties, err));
     memcpy(b->name, properties.name, sizeof b->name - 1);
     b->n_multiprocessors = properties.multiProcessorCount;
     CUDA_TRY(cudaSetDevice(b->device), "start it");
@@ -300,6 +319,11 @@ int lr_cuda_multiprocessors(const struct lr_exec *exec)
 void lr_cuda_pretend_multiprocessors(struct lr_exec *exec, int n)
 {
     of(exec)->n_multiprocessors = n;
+}
+
+int lr_cuda_hopper_kernels(const struct lr_exec *exec)
+{
+    return of(exec)->hopper_kernels;
 }
 
 void lr_cuda_note(const struct lr_exec *exec, int error, const char *slot)

@@ -36,6 +36,10 @@ void lr_cuda_note(const struct lr_exec *exec, int error, const char *slot);
 /* The number of multiprocessors of the device. */
 int lr_cuda_multiprocessors(const struct lr_exec *exec);
 
+/* Whether a slot that has two sets of kernels launches those of sm_90a (wgmma, the copy engine) or the portable ones
+ * (mma.sync). Of the device: 1 on compute capability 9.0, 0 on every other; LR_CUDA_KERNELS=mma makes it 0. */
+int lr_cuda_hopper_kernels(const struct lr_exec *exec);
+
 void lr_cuda_unit_begin(const struct lr_exec *exec);
 enum lr_status lr_cuda_unit_end(const struct lr_exec *exec, struct lr_error *err);
 

@@ -12,8 +12,13 @@ extern "C" {
 int lr_cuda_device_count(void);
 
 /* Makes `device` the process's device, opens a stream, the ring and the scratch memory, fills exec->stream and
- * exec->backend, and gives the table for activations of act_dtype: LR_BF16 or LR_F16. Blocks (a second or two for the driver). LR_UNSUPPORTED in a build without CUDA or on
- * a device older than sm_90, naming it; LR_NO_MEMORY with the numbers. */
+ * exec->backend, and gives the table for activations of act_dtype: LR_BF16 or LR_F16. Blocks (a second or two for the
+ * driver). LR_UNSUPPORTED in a build without CUDA or on a device older than sm_80, naming it; LR_NO_MEMORY with the
+ * numbers.
+ *
+ * The environment's LR_CUDA_KERNELS says which of two sets of kernels the device takes: "auto" (the default), "hopper"
+ * (sm_90 alone; LR_UNSUPPORTED elsewhere) or "mma" (every device; slower on sm_90). LR_INVALID for another word. The
+ * bits of the two differ, so all the workers of a world should have the same. */
 LR_MUST_USE enum lr_status lr_kernels_cuda_open(int device,
                                                 enum lr_dtype act_dtype,
                                                 const struct lr_kernel_ops **out,

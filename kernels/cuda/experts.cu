@@ -1,14 +1,13 @@
-/* Mixture of experts over sorted rows: hidden = act(gate x) * (up x), then y = down hidden. Two launches of the product
- * in gemm_product.cuh; the first computes a tile of gate and the same tile of up side by side in one accumulator, so
- * that SwiGLU needs no memory and hidden is written once, in the activation type:
+/* Mixture of experts over sorted rows: hidden = act(gate x) * (up x), then y = down hidden. Two launches of the
+ * product; the first computes a tile of gate and the same tile of up side by side, so that SwiGLU needs no memory and
+ * hidden is written once, as activations:
  *
- *   stage:  x [128 x 64] | gate [C/2 x 64]     sum: gate columns | up columns   ->  hidden [128 x C/2]
- *                        | up   [C/2 x 64]
+ *   x [rows x k] | gate [C/2 x k]     sums: gate columns | up columns   ->  hidden [rows x C/2]
+ *                | up   [C/2 x k]
  *
  * The number of rows of an expert is known to the device alone: the launch is sized by the bound n_rows. */
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/gemm.h"
-#include "kernels/cuda/gemm_product.cuh"
 
 namespace lr::LR_CUDA_ACT
 {
@@ -60,64 +59,43 @@ static cudaError_t experts_plain(cudaStream_t stream, const struct lr_experts_ar
     return launch_plain_product(stream, p);
 }
 
-static product_params common_params(const struct lr_experts_args &args, void *y, int64_t n)
+static cudaError_t gate_and_up(const struct lr_exec *exec, const struct lr_experts_args &args)
 {
-    product_params p = {};
-    p.offsets = args.offsets;
-    p.n_rows = args.n_rows;
-    p.n_experts = static_cast<int>(args.n_experts);
-    p.n_columns = static_cast<int>(n);
-    p.y = y;
-    p.y_stride = n;
-    return p;
+    const int64_t ffn = args.gate->n;
+    product p = {};
+    p.kind = output_kind::SWIGLU;
+    p.general = args.activation != LR_ACT_SILU || !stores_are_wide(args.hidden, ffn, ffn, 8, 2); /* rare */
+    p.rows = {args.offsets, args.n_rows, static_cast<int>(args.n_experts), 0};
+    p.a = rows_view(args.x, args.n_rows, args.gate->k);
+    p.b[0] = weights_view(args.gate, args.n_experts);
+    p.b[1] = weights_view(args.up, args.n_experts);
+    p.output = {args.hidden, ffn, static_cast<int>(ffn), nullptr, args.activation, 0};
+    return launch_product(exec, p);
 }
 
-static cudaError_t gate_and_up(const struct lr_exec *exec, const struct lr_experts_args &args, int64_t n_row_ends)
+static cudaError_t down(const struct lr_exec *exec, const struct lr_experts_args &args)
 {
-    const cudaStream_t stream = static_cast<cudaStream_t>(exec->stream);
-    const int n_multiprocessors = lr_cuda_multiprocessors(exec);
-    product_params p = common_params(args, args.hidden, args.gate->n);
-    p.activation = args.activation;
-    const product_operands operands = {rows_view(args.x, args.n_rows, args.gate->k),
-                                       {weights_view(args.gate, args.n_experts), weights_view(args.up, args.n_experts)},
-                                       rows_view(args.hidden, args.n_rows, args.gate->n)};
-    constexpr output_kind SWIGLU = output_kind::SWIGLU;
-    if (args.activation != LR_ACT_SILU || !stores_are_wide(p.y, p.y_stride, p.n_columns, 8, 2)) /* rare */
-        return launch_product<small_shape, SWIGLU, true>(stream, n_multiprocessors, p, operands, n_row_ends);
-    if (fills_device(p.n_rows, p.n_columns, p.n_experts, large_shape::COLUMNS / 2, n_multiprocessors))
-        return launch_product<large_shape, SWIGLU, false>(stream, n_multiprocessors, p, operands, n_row_ends);
-    return launch_product<small_shape, SWIGLU, false>(stream, n_multiprocessors, p, operands, n_row_ends);
-}
-
-static cudaError_t down(const struct lr_exec *exec, const struct lr_experts_args &args, int64_t n_row_ends)
-{
-    const cudaStream_t stream = static_cast<cudaStream_t>(exec->stream);
-    const int n_multiprocessors = lr_cuda_multiprocessors(exec);
-    product_params p = common_params(args, args.y, args.down->n);
-    const product_operands operands = {rows_view(args.hidden, args.n_rows, args.down->k),
-                                       {weights_view(args.down, args.n_experts), {}},
-                                       rows_view(args.y, args.n_rows, args.down->n)};
-    constexpr output_kind BF16 = output_kind::BF16;
-    if (!stores_are_wide(p.y, p.y_stride, p.n_columns, 8, 2))
-        return launch_product<small_shape, BF16, true>(stream, n_multiprocessors, p, operands, n_row_ends);
-    if (fills_device(p.n_rows, p.n_columns, p.n_experts, large_shape::COLUMNS, n_multiprocessors))
-        return launch_product<large_shape, BF16, false>(stream, n_multiprocessors, p, operands, n_row_ends);
-    return launch_product<small_shape, BF16, false>(stream, n_multiprocessors, p, operands, n_row_ends);
+    const int64_t d = args.down->n;
+    product p = {};
+    p.kind = output_kind::ACT;
+    p.general = !stores_are_wide(args.y, d, d, 8, 2);
+    p.rows = {args.offsets, args.n_rows, static_cast<int>(args.n_experts), 0};
+    p.a = rows_view(args.hidden, args.n_rows, args.down->k);
+    p.b[0] = weights_view(args.down, args.n_experts);
+    p.output = {args.y, d, static_cast<int>(d), nullptr, LR_ACT_NONE, 0};
+    return launch_product(exec, p);
 }
 
 static cudaError_t experts(const struct lr_exec *exec, const struct lr_experts_args &args)
 {
-    const int64_t d = args.gate->k, ffn = args.gate->n;
-    if (!tensor_map_possible(rows_view(args.x, args.n_rows, d)) ||
-        !tensor_map_possible(rows_view(args.hidden, args.n_rows, ffn)) ||
+    if (!tensor_map_possible(rows_view(args.x, args.n_rows, args.gate->k)) ||
+        !tensor_map_possible(rows_view(args.hidden, args.n_rows, args.gate->n)) ||
         !tensor_map_possible(weights_view(args.gate, args.n_experts)) ||
         !tensor_map_possible(weights_view(args.up, args.n_experts)) ||
         !tensor_map_possible(weights_view(args.down, args.n_experts)))
         return experts_plain(static_cast<cudaStream_t>(exec->stream), args);
-    /* every expert may end in a tile that is not full */
-    const int64_t n_row_ends = args.n_experts < args.n_rows ? args.n_experts : args.n_rows;
-    const cudaError_t error = gate_and_up(exec, args, n_row_ends);
-    return error == cudaSuccess ? down(exec, args, n_row_ends) : error;
+    const cudaError_t error = gate_and_up(exec, args);
+    return error == cudaSuccess ? down(exec, args) : error;
 }
 
 } // namespace lr::LR_CUDA_ACT

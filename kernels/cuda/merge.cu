@@ -6,7 +6,7 @@
  *
  * One thread block a row and head; its warps take the partials in turn, the lanes the channels. m is in log2 units. */
 #include "kernels/cuda/backend.h"
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/mma.cuh"
 
 #include <math.h>
 

@@ -85,6 +85,14 @@ static bool takes_tiles(const struct lr_recurrence_args *args)
            aligned(args->v, args->v_stride);
 }
 
+static cudaError_t launch_pass(cudaStream_t stream, const struct lr_recurrence_args *args, const recurrence_params &p,
+                               bool output)
+{
+    const bool delta = args->rule == LR_RECURRENCE_DELTA;
+    return args->hopper ? launch_recurrence_pass_hopper(stream, p, delta, output)
+                        : launch_recurrence_pass_portable(stream, p, delta, output);
+}
+
 } // namespace lr::LR_CUDA_ACT
 
 using namespace lr;
@@ -116,7 +124,7 @@ extern "C" int LR_CUDA(recurrence_prepare)(void *stream, const struct lr_recurre
         return launch_recurrence_plain(to, p, delta, false);
     }
     const cudaError_t error = delta ? launch_recurrence_inverse(to, p) : cudaSuccess;
-    return error != cudaSuccess ? error : launch_recurrence_pass(to, p, delta, false);
+    return error != cudaSuccess ? error : launch_pass(to, args, p, false);
 }
 
 extern "C" int LR_CUDA(recurrence_summary)(void *stream, const struct lr_recurrence_args *args, float *m, float *b)
@@ -138,5 +146,5 @@ extern "C" int LR_CUDA(recurrence_output)(
         return error;
     }
     const bool tiles = takes_tiles(args) && aligned(o, o_stride);
-    return tiles ? launch_recurrence_pass(to, p, delta, true) : launch_recurrence_plain(to, p, delta, true);
+    return tiles ? launch_pass(to, args, p, true) : launch_recurrence_plain(to, p, delta, true);
 }

@@ -45,6 +45,7 @@ struct lr_recurrence_args {
     const int64_t
         *offsets; /* [n_sequences + 1] ascending from 0 to n_rows, device memory; NULL where n_sequences is 1 */
     int64_t n_sequences;
+    int hopper; /* 1: the kernels of sm_90a, 0: those of every device since sm_80; the same for a work's three steps */
     void *work; /* LR_CUDA(recurrence_work_bytes), 256-byte aligned device memory: prepare writes it, the other two read it */
 };
 

@@ -10,8 +10,8 @@
  *
  * The last step works on X^T: then every operand is, as it lies in registers, what the next product wants. Its operands
  * are rounded to fp16: with keys of length one and beta up to 2 no entry of X is above 2, so they lose 2^-11, an eighth
- * of what T loses when it is rounded to the activation type at the end. */
-#include "kernels/cuda/hopper.cuh"
+ * of what T loses when it is rounded to bf16 at the end, and as much as in float16. */
+#include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/recurrence_grid.cuh"
 #include "kernels/cuda/recurrence_launch.h"
 #include <cuda_fp16.h>
@@ -218,20 +218,20 @@ static __device__ __forceinline__ void solve_below(struct block_fragment (&x)[LO
 
 /* T [t][s] into a swizzled block from X^T [s][t]. */
 static __device__ __forceinline__ void
-store_blocks(uint32_t t_tile, const struct block_fragment (&x)[LOWER_BLOCKS], const float *beta, int lane)
+store_blocks(uint8_t *t_tile, const struct block_fragment (&x)[LOWER_BLOCKS], const float *beta, int lane)
 {
 #pragma unroll
     for (int j = 0; j < N_BLOCKS; j++) {
         const float beta_s[2] = {beta[16 * j + lane / 4], beta[16 * j + 8 + lane / 4]};
 #pragma unroll
         for (int i = j; i < N_BLOCKS; i++) {
-            uint32_t r[4];
 #pragma unroll
             for (int h = 0; h < 4; h++) {
                 const float2 values = __half22float2(*reinterpret_cast<const __half2 *>(&x[lower(i, j)].r[h]));
-                r[h] = pack_act(values.x * beta_s[h % 2], values.y * beta_s[h % 2]);
+                const uint32_t r = pack_act(values.x * beta_s[h % 2], values.y * beta_s[h % 2]);
+                *reinterpret_cast<uint32_t *>(t_tile + swizzled(16 * i + h / 2 * 8 + lane / 4, 2 * j + h % 2) +
+                                              lane % 4 * 4) = transpose_matrix(r);
             }
-            store_transposed(t_tile + swizzled(16 * i + lane / 16 * 8 + lane % 8, 2 * j + lane / 8 % 2), r);
         }
     }
 }
@@ -311,7 +311,7 @@ static __global__ void __launch_bounds__(32, CHUNKS_A_MULTIPROCESSOR)
     }
     __syncwarp();
     solve_below(x, l, d);
-    store_blocks(shared, x, beta, lane);
+    store_blocks(tile, x, beta, lane);
     __syncwarp();
 
     /* Sectors of 32 bytes up to the diagonal: the passes read no others. */

@@ -12,8 +12,10 @@ struct recurrence_params;
 /* T = (I + L)^-1 diag(beta) of every chunk: p.inverses. */
 cudaError_t launch_recurrence_inverse(cudaStream_t stream, const recurrence_params &p);
 
-/* output false: p.m and p.b of every slot;  true: p.o from p.entering. Delta reads p.inverses. */
-cudaError_t launch_recurrence_pass(cudaStream_t stream, const recurrence_params &p, bool delta, bool output);
+/* output false: p.m and p.b of every slot;  true: p.o from p.entering. Delta reads p.inverses. For Hopper, and for every
+ * device. */
+cudaError_t launch_recurrence_pass_hopper(cudaStream_t stream, const recurrence_params &p, bool delta, bool output);
+cudaError_t launch_recurrence_pass_portable(cudaStream_t stream, const recurrence_params &p, bool delta, bool output);
 
 /* The same without tensor cores, any dk and dv up to 256; needs no inverses. */
 cudaError_t launch_recurrence_plain(cudaStream_t stream, const recurrence_params &p, bool delta, bool output);

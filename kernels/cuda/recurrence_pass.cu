@@ -20,13 +20,11 @@
  * Warpgroup 0 loads (cp.async into a ring of stages), sums decays and makes P; the others hold the state.
  * St is rounded to the activation type where it meets K and Q, never where it is kept. */
 #include "kernels/cuda/hopper.cuh"
-#include "kernels/cuda/recurrence_grid.cuh"
+#include "kernels/cuda/recurrence_chunk.cuh"
 #include "kernels/cuda/recurrence_launch.h"
 
 namespace lr::LR_CUDA_ACT
 {
-
-constexpr uint32_t BLOCK_BYTES = CHUNK * 128; /* 64 tokens x 64 columns of activations */
 
 /* One block a multiprocessor with two row blocks, two with one: registers of the producer and of each consumer thread,
  * and shared memory. */
@@ -49,15 +47,6 @@ template <int DK, int ROW_BLOCKS, bool DELTA, bool OUTPUT> struct pass_layout {
     static constexpr int N_STAGES = MOST_STAGES < 6 ? MOST_STAGES : 6;
 };
 
-/* Per-token factors of a stage's chunk. */
-struct __align__(16) chunk_decays
-{
-    float sum[CHUNK];        /* G, in log2 */
-    float from_start[CHUNK]; /* exp(G), times the scale of q where outputs are made */
-    float to_end[CHUNK];     /* exp(G_end - G) */
-    float whole;             /* exp(G_end) */
-};
-
 template <int N_STAGES> struct pass_shared {
     struct chunk_decays decays[N_STAGES];
     uint64_t full[N_STAGES], empty[N_STAGES];
@@ -74,47 +63,13 @@ template <int N> static __device__ __forceinline__ void settle(float (&d)[N])
     }
 }
 
-/* 64 tokens x 64 columns into a swizzled block, zeros behind the last token. 128 threads. */
-static __device__ __forceinline__ void
-load_block(uint32_t block, const act *columns, int64_t stride, int64_t row, int64_t end, int thread)
-{
-    const int piece = thread % 8;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int token = thread / 8 + 16 * i;
-        const bool valid = row + token < end;
-        const act *source = valid ? columns + (row + token) * stride + piece * 8 : columns;
-        copy_async(block + swizzled(token, piece), source, valid);
-    }
-}
-
 /* Counts as this thread's arrival once all copies that it has issued are done. */
 static __device__ __forceinline__ void arrive_after_copies(uint64_t *barrier)
 {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-/* T is lower triangular: of its rows only the 32-byte sectors up to the diagonal move; the rest of a stage's block is
- * zeroed once, before the first. 128 threads. */
-static __device__ __forceinline__ bool holds_inverse(int row, int piece)
-{
-    return piece / 2 <= row / 16;
-}
-
-static __device__ __forceinline__ void load_inverse(uint32_t block, const act *inverse, int thread)
-{
-    const int piece = thread % 8;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int row = thread / 8 + 16 * i;
-        if (holds_inverse(row, piece)) {
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(block + swizzled(row, piece)),
-                         "l"(inverse + row * CHUNK + piece * 8)
-                         : "memory");
-        }
-    }
-}
-
+/* Zeros where load_inverse brings nothing: once, before the first chunk. 128 threads. */
 static __device__ __forceinline__ void clear_above_inverse(uint8_t *block, int thread)
 {
     const int piece = thread % 8;
@@ -125,34 +80,6 @@ static __device__ __forceinline__ void clear_above_inverse(uint8_t *block, int t
             *reinterpret_cast<uint4 *>(block + swizzled(row, piece)) = make_uint4(0, 0, 0, 0);
         }
     }
-}
-
-/* One warp: the decays of tokens [row, row + 64) from the log2 decays of tokens 2 lane and 2 lane + 1. */
-static __device__ __forceinline__ float
-sum_decays(struct chunk_decays *d, float first, float second, float scale, int lane)
-{
-    float sum = first + second;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const float below = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) {
-            sum += below;
-        }
-    }
-    const float end = __shfl_sync(0xffffffffu, sum, 31);
-    float before = __shfl_up_sync(0xffffffffu, sum, 1);
-    before = lane == 0 ? 0.0f : before;
-    const float middle = before + first;
-    d->sum[2 * lane] = middle;
-    d->sum[2 * lane + 1] = sum;
-    d->from_start[2 * lane] = exp2_fast(middle) * scale;
-    d->from_start[2 * lane + 1] = exp2_fast(sum) * scale;
-    d->to_end[2 * lane] = exp2_fast(end - middle);
-    d->to_end[2 * lane + 1] = exp2_fast(end - sum);
-    if (lane == 0) {
-        d->whole = exp2_fast(end);
-    }
-    return end;
 }
 
 /* P[t, s] = scale exp(G_t - G_s) (q_t . k_s) for s <= t, else 0. 128 threads. */
@@ -584,7 +511,7 @@ static cudaError_t launch(cudaStream_t stream, const recurrence_params &p, int n
     return cudaGetLastError();
 }
 
-cudaError_t launch_recurrence_pass(cudaStream_t stream, const recurrence_params &p, bool delta, bool output)
+cudaError_t launch_recurrence_pass_hopper(cudaStream_t stream, const recurrence_params &p, bool delta, bool output)
 {
     if (p.dk == 128) {
         if (output) {

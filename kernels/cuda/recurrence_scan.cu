@@ -13,7 +13,7 @@
  * thousand slots turns into percents.)
  *
  * A fold is the same scan over more columns: those behind dv start as the identity's and have no B. */
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/recurrence_grid.cuh"
 #include "kernels/cuda/recurrence_launch.h"
 
@@ -22,7 +22,8 @@ namespace lr::LR_CUDA_ACT
 
 constexpr int SCAN_COLUMNS = 16;
 constexpr int TILE_K = 32;
-constexpr int SCAN_STAGES = 6;
+/* Tiles on their way: within 99 KiB of shared memory, sm_86's most. */
+template <int DK> constexpr int SCAN_STAGES = DK == 128 ? 4 : 6;
 
 /* Where a column starts and ends: rows of S_in, S_out [dk, dv] or of the folded pair. */
 struct scan_ends {
@@ -97,7 +98,7 @@ static __global__ void __launch_bounds__(2 * DK) scan_kernel(const recurrence_pa
         if (tile < n_tiles) {
             const int64_t slot_head = (slots.first + tile / TILES) * p.n_v_heads + head;
             const float *from = p.m + slot_head * DK * DK + tile % TILES * TILE_K * DK;
-            const uint32_t to = shared_address(ring + tile % SCAN_STAGES * TILE);
+            const uint32_t to = shared_address(ring + tile % SCAN_STAGES<DK> * TILE);
 #pragma unroll
             for (int i = 0; i < TILE_K * DK / 4 / N_THREADS; i++) {
                 const int at = (thread + i * N_THREADS) * 4;
@@ -123,7 +124,7 @@ static __global__ void __launch_bounds__(2 * DK) scan_kernel(const recurrence_pa
         }
     };
 
-    for (int i = 0; i < SCAN_STAGES - 1; i++) {
+    for (int i = 0; i < SCAN_STAGES<DK> - 1; i++) {
         issue(i);
     }
     float x[2][4];
@@ -157,10 +158,10 @@ static __global__ void __launch_bounds__(2 * DK) scan_kernel(const recurrence_pa
         }
         fetch_b(j + 1);
         for (int part = 0; part < TILES; part++, tile++) {
-            copy_wait<SCAN_STAGES - 2>();
+            copy_wait<SCAN_STAGES<DK> - 2>();
             __syncthreads();
-            issue(tile + SCAN_STAGES - 1);
-            const float *m = ring + tile % SCAN_STAGES * TILE + lane % 4 * M_PITCH + first_row + lane / 4;
+            issue(tile + SCAN_STAGES<DK> - 1);
+            const float *m = ring + tile % SCAN_STAGES<DK> * TILE + lane % 4 * M_PITCH + first_row + lane / 4;
             const float *s = state + lane / 4 * S_PITCH + part * TILE_K + lane % 4;
 #pragma unroll
             for (int k = 0; k < TILE_K; k += 8) {
@@ -281,7 +282,7 @@ static __global__ void __launch_bounds__(256) scan_decay_kernel(const recurrence
 
 template <int DK> static cudaError_t launch_scan(cudaStream_t stream, const recurrence_params &p, const scan_ends &ends)
 {
-    constexpr int n_bytes = SCAN_STAGES * TILE_K * (DK + 8) * static_cast<int>(sizeof(float));
+    constexpr int n_bytes = SCAN_STAGES<DK> * TILE_K * (DK + 8) * static_cast<int>(sizeof(float));
     const auto kernel = scan_kernel<DK>;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes);
     if (error != cudaSuccess) {

@@ -3,7 +3,7 @@
 #include "kernels/cuda/recurrence.h"
 #include <cuda_runtime_api.h>
 
-static struct lr_recurrence_args recurrence_of(const struct lr_delta_segment_args *args)
+static struct lr_recurrence_args recurrence_of(const struct lr_exec *exec, const struct lr_delta_segment_args *args)
 {
     struct lr_recurrence_args r = {};
     r.rule = LR_RECURRENCE_DELTA;
@@ -17,6 +17,7 @@ static struct lr_recurrence_args recurrence_of(const struct lr_delta_segment_arg
     r.scale = 1.0f; /* q comes scaled */
     r.n_rows = args->n_rows;
     r.n_sequences = 1;
+    r.hopper = lr_cuda_hopper_kernels(exec);
     r.work = args->work;
     return r;
 }
@@ -28,7 +29,7 @@ size_t LR_CUDA(delta_work_floats)(struct lr_delta_shape shape, int64_t n_rows)
 
 void LR_CUDA(delta_summary)(const struct lr_exec *exec, const struct lr_delta_segment_args *args, float *m, float *b)
 {
-    const struct lr_recurrence_args r = recurrence_of(args);
+    const struct lr_recurrence_args r = recurrence_of(exec, args);
     int error = LR_CUDA(recurrence_prepare)(exec->stream, &r);
     if (error == cudaSuccess)
         error = LR_CUDA(recurrence_summary)(exec->stream, &r, m, b);
@@ -41,7 +42,7 @@ void LR_CUDA(delta_output)(const struct lr_exec *exec,
                           lr_act *o,
                           int64_t o_stride)
 {
-    const struct lr_recurrence_args r = recurrence_of(args);
+    const struct lr_recurrence_args r = recurrence_of(exec, args);
     lr_cuda_note(exec, LR_CUDA(recurrence_output)(exec->stream, &r, s_in, o, o_stride, nullptr), "delta_output");
 }
 

@@ -12,7 +12,7 @@
 #define LR_KERNELS_CUDA_ROWS_CUH
 
 #include "kernels/cuda/act.h"
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/mma.cuh"
 #include "kernels/ops.h"
 
 #include <cuda_runtime.h>

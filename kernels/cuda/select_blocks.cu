@@ -168,7 +168,7 @@ static __global__ void __launch_bounds__(SCORE_THREADS) score_kernel(const struc
 
 constexpr int CHOOSE_THREADS = 512;
 constexpr int CHOOSE_WARPS = CHOOSE_THREADS / 32;
-constexpr size_t CHOOSE_KEY_BYTES = 160 << 10; /* of keys that a block holds in shared memory */
+constexpr size_t CHOOSE_KEY_BYTES = 96 << 10; /* of keys in shared memory; sm_86 has 99 KiB a block */
 
 struct choose_shared {
     uint32_t histogram[256];

@@ -4,9 +4,8 @@
 
 #include <stddef.h>
 
-/* The memory's functions are filled in when a device is opened: a constant of another file cannot be copied here. */
+/* The name and the memory's functions are filled in when a device is opened (open.c). */
 struct lr_kernel_ops LR_CUDA(ops) = {
-    .name = LR_CUDA_NAME,
     .act_dtype = LR_CUDA_DTYPE,
     .host_memory = 0,
     .unit_begin = lr_cuda_unit_begin,

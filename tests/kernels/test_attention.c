@@ -154,7 +154,7 @@ struct attention_case {
     int64_t position; /* of row 0; rows are consecutive unless `scattered` */
     int64_t window, sinks;
     float sharpness; /* times 1 / sqrt(head_dim) */
-    int per_block;   /* a list for every query block and KV head, of random blocks, some of them `whole` */
+    int per_block;   /* 1: a list for every query block and KV head, of random blocks, some of them `whole`; 2: of halves */
     int scattered;
 };
 
@@ -208,6 +208,15 @@ static void run_attention(const struct lr_kernel_ops *ops,
     free(part);
 }
 
+/* Makes a ref one of a half of its block; 0 where that half has no keys yet. */
+static int name_half(struct lr_kv_ref *ref, int64_t half)
+{
+    int32_t keys = ref->n_keys - (int32_t)half * (BLOCK / 2);
+    ref->position += half * (BLOCK / 2);
+    ref->n_keys = keys < BLOCK / 2 ? keys : BLOCK / 2;
+    return keys > 0;
+}
+
 /* A list for each query block and KV head: some early blocks, most of them `whole`, and all from the window on; some
  * with fewer keys than are there. */
 static struct lr_kv_list *
@@ -216,13 +225,16 @@ take_lists(const struct attention_case *c, const struct kv *kv, int64_t n_query_
     int64_t n = n_query_blocks * c->shape.n_kv_heads;
     struct lr_kv_list *lists = take((size_t)n * sizeof *lists);
     for (int64_t i = 0; i < n; i++) {
-        struct lr_kv_ref *refs = take((size_t)kv->n_blocks * sizeof *refs);
+        struct lr_kv_ref *refs = take((size_t)(2 * kv->n_blocks) * sizeof *refs);
         int64_t n_refs = 0, own = c->position / BLOCK + i / c->shape.n_kv_heads;
-        for (int64_t b = 0; b < kv->n_blocks; b++) {
+        for (int64_t at = 0; at < kv->n_blocks * c->per_block; at++) {
+            int64_t b = at / c->per_block;
             int recent = b + 1 >= own;
             if (!recent && next_bits(seed) % 3 == 0)
                 continue;
             refs[n_refs] = kv->refs[b];
+            if (c->per_block == 2 && !name_half(&refs[n_refs], at % 2))
+                continue;
             refs[n_refs].whole = !recent && next_bits(seed) % 4 != 0;
             if (next_bits(seed) % 4 == 0 && refs[n_refs].n_keys > 50)
                 refs[n_refs].n_keys = 50;
@@ -283,7 +295,8 @@ static void check_attention(const struct attention_case *c, uint64_t seed)
                                          .window = c->window,
                                          .sinks = c->sinks,
                                          .lists = lists,
-                                         .n_lists = c->per_block ? n_query_blocks * c->shape.n_kv_heads : 1},
+                                         .n_lists = c->per_block ? n_query_blocks * c->shape.n_kv_heads : 1,
+                                         .half_blocks = c->per_block == 2},
                                         0};
     size_t size = (size_t)(total * (d + 2)) * sizeof(float);
     float *before = take(size);
@@ -369,6 +382,9 @@ static void test_lists_of_chosen_blocks(void **state)
         {SHAPE(16, 2, 64, LR_F32), 500, 1, 499, 30, 4, 1.0f, 1, 0},
         {SHAPE(5, 1, 24, LR_F32), 400, 13, 380, 30, 4, 1.0f, 1, 0},
         {SHAPE(4, 4, 24, LR_F32), 600, 600, 0, 0, 0, 1.0f, 1, 0},
+        {SHAPE(4, 2, 40, LR_F32), 977, 200, 777, 100, 4, 1.0f, 2, 0},
+        {SHAPE(2, 1, 64, LR_BF16), 1000, 150, 850, 0, 0, 1.0f, 2, 0},
+        {SHAPE(4, 2, 24, LR_BF16), 500, 500, 0, 70, 65, 1.0f, 2, 0},
     };
     for (int64_t i = 0; i < COUNT(cases); i++)
         check_attention(&cases[i], 400 + (uint64_t)i);

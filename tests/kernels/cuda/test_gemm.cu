@@ -139,28 +139,28 @@ static void check_pack()
 {
     constexpr int64_t N = 64, K = 1021;
     uint64_t seed = 77;
-    std::vector<uint16_t> half(N * K);
+    std::vector<uint16_t> narrowed(N * K);
     std::vector<float> wide(N * K);
-    for (size_t i = 0; i < half.size(); i++) {
+    for (size_t i = 0; i < narrowed.size(); i++) {
         do
-            half[i] = static_cast<uint16_t>(next_bits(&seed));
-        while ((half[i] & 0x7c00) == 0x7c00);
-        wide[i] = static_cast<float>(lr_ref_load(half.data(), static_cast<int64_t>(i), LR_F16));
+            narrowed[i] = static_cast<uint16_t>(next_bits(&seed));
+        while ((narrowed[i] & 0x7c00) == 0x7c00);
+        wide[i] = static_cast<float>(lr_ref_load(narrowed.data(), static_cast<int64_t>(i), LR_F16));
     }
     const device_array<uint16_t> a(LR_CUDA(weight_bytes)(N, K, LR_F16) / 2), b(a.n), c(a.n);
     struct lr_weight w = {LR_F16, N, K, a.data, a.n * 2};
-    LR_CUDA(weight_pack)(&w, 0, N, half.data());
+    LR_CUDA(weight_pack)(&w, 0, N, narrowed.data());
     w = {LR_F32, N, K, b.data, b.n * 2};
     LR_CUDA(weight_pack)(&w, 0, N, wide.data());
-    const std::vector<uint16_t> brain = narrow(wide);
+    const std::vector<uint16_t> rounded = narrow(wide);
     w = {LR_CUDA_DTYPE, N, K, c.data, c.n * 2};
-    LR_CUDA(weight_pack)(&w, 0, N, brain.data());
+    LR_CUDA(weight_pack)(&w, 0, N, rounded.data());
     const std::vector<uint16_t> got = a.get();
     check_true("half and float32 weights differ", got == b.get());
     check_true("weights of float32 and of the activation type differ", got == c.get());
     bool padded = true;
     for (size_t i = 0; i < got.size(); i++)
-        padded &= i % 1024 < K ? got[i] == brain[i / 1024 * K + i % 1024] : got[i] == 0;
+        padded &= i % 1024 < K ? got[i] == rounded[i / 1024 * K + i % 1024] : got[i] == 0;
     check_true("weight layout", padded);
 }
 

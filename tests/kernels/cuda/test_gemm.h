@@ -1,5 +1,5 @@
-/* What the tests of the dense layers and of the experts share: numbers that activations hold exactly, copies on both sides,
- * the CPU layout for the float64 truth, and the two questions - how far from the truth, and are the bytes the same? */
+/* What the tests of the dense layers and of the experts share: numbers that activations hold exactly, copies on both
+ * sides, the CPU layout for the float64 truth, and the two questions - how far from the truth, and are the bytes the same? */
 #ifndef LR_TESTS_KERNELS_CUDA_TEST_GEMM_H
 #define LR_TESTS_KERNELS_CUDA_TEST_GEMM_H
 
@@ -51,17 +51,17 @@ static inline float next_float(uint64_t *seed)
 
 static inline uint16_t to_half(float x)
 {
-    const lr::act half = lr::to_act(x);
+    const lr::act value = lr::to_act(x);
     uint16_t bits;
-    memcpy(&bits, &half, 2);
+    memcpy(&bits, &value, 2);
     return bits;
 }
 
 static inline float from_half(uint16_t bits)
 {
-    lr::act half;
-    memcpy(static_cast<void *>(&half), &bits, 2);
-    return lr::from_act(half);
+    lr::act value;
+    memcpy(static_cast<void *>(&value), &bits, 2);
+    return lr::from_act(value);
 }
 
 /* n numbers in [-size, size) that the activation type holds exactly. */

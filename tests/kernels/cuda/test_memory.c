@@ -162,6 +162,37 @@ static void errors_are_reported_once(void)
     check_that(strlen(lr_cuda_device_name(&check.exec)) > 0 && lr_cuda_multiprocessors(&check.exec) > 0, "a name", 0);
 }
 
+/* Opens and closes the device under LR_CUDA_KERNELS=kernels. Returns what it takes, or the status, negative. */
+static int kernels_under(const char *kernels, struct lr_error *err)
+{
+    struct lr_exec other = {0};
+    setenv("LR_CUDA_KERNELS", kernels, 1);
+    enum lr_status status = lr_cuda_device_open(0, &other, err);
+    if (status != LR_OK)
+        return -(int)status;
+    int hopper = lr_cuda_hopper_kernels(&other);
+    lr_cuda_device_close(&other);
+    return hopper;
+}
+
+static void environment_chooses_kernels(void)
+{
+    struct lr_error err;
+    const char *outside = getenv("LR_CUDA_KERNELS");
+    char *kept = outside ? strdup(outside) : NULL;
+    int by_default = kernels_under("", &err), hopper = kernels_under("hopper", &err);
+    check_that(kernels_under("auto", &err) == by_default, "auto is the default", by_default);
+    check_that(hopper == (by_default ? 1 : -(int)LR_UNSUPPORTED), "hopper where it is one", hopper);
+    check_that(kernels_under("mma", &err) == 0, "mma everywhere", 0);
+    check_that(kernels_under("wgmma", &err) == -(int)LR_INVALID && strstr(err.message, "'wgmma'") != NULL,
+               "no other word", 0);
+    if (kept)
+        setenv("LR_CUDA_KERNELS", kept, 1);
+    else
+        unsetenv("LR_CUDA_KERNELS");
+    free(kept);
+}
+
 static const struct check_case cases[] = {
     {"rows are copied", rows_are_copied},
     {"the ring comes round", ring_comes_round},
@@ -171,6 +202,7 @@ static const struct check_case cases[] = {
     {"large copies", large_copies},
     {"reserve zeroes and refuses", reserve_zeroes},
     {"idle ends a wait", idle_ends_a_wait},
+    {"the environment chooses the kernels", environment_chooses_kernels},
 };
 
 int main(void)

@@ -149,6 +149,7 @@ static struct result run(const struct launch *l)
         .n_rows = l->n_rows,
         .offsets = l->offsets ? check_device_copy(l->offsets, (size_t)(l->n_sequences + 1) * sizeof(int64_t)) : NULL,
         .n_sequences = l->n_sequences,
+        .hopper = lr_cuda_hopper_kernels(&check.exec),
         .work = r.work};
     lr_cuda_note(&check.exec, LR_CUDA(recurrence_prepare)(check.exec.stream, &r.args), "prepare");
     lr_cuda_note(&check.exec,
@@ -411,6 +412,29 @@ static void segment_slots(void)
     check_norm("o", check_download_act(d_o, N * width), width, o, N, width, TOLERANCE);
 }
 
+/* No rows: the map is the identity, and there is nothing to write. */
+static void empty_segment(void)
+{
+    static const struct lr_delta_shape shapes[] = {{1, 2, 64, 64}, {1, 2, 128, 128}, {1, 2, 24, 40}};
+    for (int i = 0; i < CHECK_COUNT(shapes); i++) {
+        struct lr_delta_shape s = shapes[i];
+        int64_t m_size = s.n_v_heads * s.dk * s.dk, state = s.n_v_heads * s.dk * s.dv, o_size = s.n_v_heads * s.dv;
+        size_t work_bytes = LR_CUDA(delta_work_floats)(s, 0) * sizeof(float);
+        struct lr_delta_segment_args args = {.shape = s, .qkv_stride = 1024, .work = check_device(work_bytes)};
+        float *d_m = check_device((size_t)m_size * 4), *d_b = check_device((size_t)state * 4);
+        float *d_in = check_device((size_t)state * 4);
+        uint16_t *o = check_device((size_t)o_size * 2), *untouched = check_device((size_t)o_size * 2);
+        LR_CUDA(delta_summary)(&check.exec, &args, d_m, d_b);
+        LR_CUDA(delta_output)(&check.exec, &args, d_in, o, o_size);
+        float *m = check_download_f32(d_m, m_size), *b = check_download_f32(d_b, state);
+        for (int64_t j = 0; j < m_size; j++)
+            check_that(m[j] == (j / s.dk % s.dk == j % s.dk ? 1.0f : 0.0f), "m of no rows", j);
+        for (int64_t j = 0; j < state; j++)
+            check_that(b[j] == 0.0f, "b of no rows", j);
+        check_same("o of no rows", o, untouched, (size_t)o_size * 2);
+    }
+}
+
 static void folds(void)
 {
     static const struct lr_delta_shape shapes[] = {{1, 1, 1, 1},     {2, 4, 24, 40}, {1, 3, 40, 7},
@@ -491,11 +515,12 @@ static const struct check_case cases[] = {
     {"head counts", head_counts},
     {"many sequences", many_sequences},
     {"slots of a segment", segment_slots},
+    {"slots of no rows", empty_segment},
     {"the same bits", same_bits},
     {"rows behind 2^31 elements", far_rows},
 };
 
 int main(void)
 {
-    return check_main(cases, CASES_TO_RUN(cases, 12));
+    return check_main(cases, CASES_TO_RUN(cases, 13));
 }

@@ -9,7 +9,11 @@ static void every_slot_is_filled(void)
     struct lr_error err;
     const struct lr_kernel_ops *ops = NULL;
     check_ok(lr_kernels_cuda_open(0, LR_CUDA_DTYPE, &ops, &exec, &err), &err);
-    check_that(strcmp(ops->name, LR_CUDA_NAME) == 0 && ops->act_dtype == LR_CUDA_DTYPE && !ops->host_memory, "what it is", 0);
+    char name[32];
+    snprintf(name, sizeof name, "cuda-%s%s", LR_CUDA_DTYPE == LR_F16 ? "f16" : "bf16",
+             lr_cuda_hopper_kernels(&exec) ? "" : "-mma");
+    check_that(strcmp(ops->name, name) == 0, "its name", 0);
+    check_that(ops->act_dtype == LR_CUDA_DTYPE && !ops->host_memory, "what it is", 0);
     const char *first = (const char *)&ops->memory, *end = (const char *)(ops + 1);
     for (const char *slot = first; slot < end; slot += sizeof(void *)) {
         void *function;

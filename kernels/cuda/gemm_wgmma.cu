@@ -1,4 +1,4 @@
-/* The one matrix product of the CUDA backend: dense layers and experts run the same persistent kernel.
+/* The matrix product on sm_90a: dense layers and experts run the same persistent kernel.
  *
  *   rows of a, sorted by expert        tiles of 128 rows, none spans two experts     y
  *   offsets[e] ... offsets[e + 1]  ->  x COLUMNS rows of W_e                     ->  whole blocks, masked ends
@@ -11,12 +11,9 @@
  *
  * Every output element is one chain of wgmma steps over ascending k in every instance of the kernel, so a row's bits
  * depend neither on the number of rows nor on the tile that it falls into. */
-#ifndef LR_KERNELS_CUDA_GEMM_PRODUCT_CUH
-#define LR_KERNELS_CUDA_GEMM_PRODUCT_CUH
-
-#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/backend.h"
 #include "kernels/cuda/gemm_epilogue.cuh"
-#include "kernels/cuda/gemm_wgmma.cuh"
+#include "kernels/cuda/gemm_tiles.cuh"
 #include "kernels/cuda/tma.cuh"
 
 namespace lr::LR_CUDA_ACT
@@ -32,7 +29,8 @@ constexpr int PRODUCT_THREADS = (1 + CONSUMERS) * WARPGROUP_THREADS;
 constexpr int BLOCK_BYTES = BLOCK_ROWS * TILE_K * 2;
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
-constexpr int GROUP = 16; /* row tiles that walk the columns together, so that both operands stay in L2 */
+constexpr int STAGING_COLUMNS = 128;
+constexpr int STAGING_BYTES = BLOCK_ROWS * STAGING_COLUMNS * 2; /* of a consumer */
 
 /* An instance: tiles of COLUMNS rows of W. */
 template <int COLUMNS_> struct product_shape {
@@ -54,73 +52,14 @@ typedef product_shape<64> small_shape;
 template <class SHAPE, output_kind OUTPUT>
 constexpr int OUTPUT_COLUMNS = OUTPUT == output_kind::SWIGLU ? SHAPE::COLUMNS / 2 : SHAPE::COLUMNS;
 
-/* What the tensor maps are made of, on the host: a [n_rows, k]; W or, with SwiGLU, gate and up [n_experts, n, k];
- * y [n_rows, n] if it is not float32. */
-struct product_operands {
-    matrix_view a, b[2], y;
+struct product_params {
+    CUtensorMap a;      /* [1, n_rows, k], boxes of 64 rows */
+    CUtensorMap b[2];   /* [n_experts, n, k], boxes of COLUMNS rows; SwiGLU: gate and up, COLUMNS / 2 rows each */
+    CUtensorMap stores; /* y, boxes of 64 rows */
+    product_rows rows;
+    product_output output;
+    int n_steps; /* of TILE_K along k */
 };
-
-/* Where a tile lies. */
-struct tile {
-    int64_t row; /* its first row */
-    int n_rows;
-    int column_tile;
-    int expert;
-};
-
-/* Finds tiles by their number, which must ascend from call to call. `before` [n_experts + 1]: row tiles in front of
- * each expert. */
-struct tile_walk {
-    const int64_t *offsets;
-    const int32_t *before;
-    int64_t n_rows;
-    int n_experts, n_column_tiles;
-    int expert;
-
-    __device__ __forceinline__ bool find(int64_t number, tile &t)
-    {
-        while (expert < n_experts && number >= static_cast<int64_t>(before[expert + 1]) * n_column_tiles)
-            expert++;
-        if (expert == n_experts)
-            return false;
-        const int n_row_tiles = before[expert + 1] - before[expert];
-        const int local = static_cast<int>(number - static_cast<int64_t>(before[expert]) * n_column_tiles);
-        const int group = local / (GROUP * n_column_tiles);
-        const int in_group = local - group * GROUP * n_column_tiles;
-        const int group_tiles = min(GROUP, n_row_tiles - group * GROUP);
-        t.column_tile = in_group / group_tiles;
-        const int row_tile = group * GROUP + in_group - t.column_tile * group_tiles;
-        const int64_t first = offsets != nullptr ? __ldg(offsets + expert) - __ldg(offsets) : 0;
-        const int64_t end = offsets != nullptr ? __ldg(offsets + expert + 1) - __ldg(offsets) : n_rows;
-        t.row = first + static_cast<int64_t>(row_tile) * TILE_ROWS;
-        t.n_rows = static_cast<int>(min(end - t.row, static_cast<int64_t>(TILE_ROWS)));
-        t.expert = expert;
-        return true;
-    }
-};
-
-/* One warp: before[e] for all experts. */
-static __device__ __forceinline__ void count_tiles(const product_params &p, int32_t *before)
-{
-    const int lane = threadIdx.x % 32;
-    int total = 0;
-    for (int base = 0; base < p.n_experts; base += 32) {
-        const int e = base + lane;
-        int64_t n_rows = 0;
-        if (e < p.n_experts)
-            n_rows = p.offsets != nullptr ? p.offsets[e + 1] - p.offsets[e] : p.n_rows;
-        int sum = static_cast<int>((n_rows + TILE_ROWS - 1) / TILE_ROWS);
-        for (int step = 1; step < 32; step *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, sum, step);
-            sum += lane >= step ? other : 0;
-        }
-        if (e < p.n_experts)
-            before[e + 1] = total + sum;
-        total += __shfl_sync(0xffffffffu, sum, 31);
-    }
-    if (lane == 0)
-        before[0] = 0;
-}
 
 /* The ring's barriers and where the role stands in it; producer and consumers step through it alike. */
 template <class SHAPE> struct ring {
@@ -153,7 +92,7 @@ template <class SHAPE> struct ring {
 };
 
 template <class SHAPE, output_kind OUTPUT>
-static __device__ __forceinline__ void produce(const product_params &p, tile_walk walk, ring<SHAPE> ring)
+static __device__ __forceinline__ void produce(const product_params &p, tile_walk<TILE_ROWS> walk, ring<SHAPE> ring)
 {
     tile t;
     for (int64_t number = blockIdx.x; walk.find(number, t); number += gridDim.x) {
@@ -172,6 +111,17 @@ static __device__ __forceinline__ void produce(const product_params &p, tile_wal
     }
 }
 
+template <int SIZE>
+static __device__ __forceinline__ void multiply_step(float (&sum)[SIZE], uint64_t a, uint64_t b, bool accumulate)
+{
+    if constexpr (SIZE == 32)
+        wgmma_n64_shared(sum, a, b, accumulate);
+    else if constexpr (SIZE == 64)
+        wgmma_n128_shared(sum, a, b, accumulate);
+    else
+        wgmma_n256_shared(sum, a, b, accumulate);
+}
+
 /* The product of a consumer's rows with a tile of W. */
 template <class SHAPE>
 static __device__ __forceinline__ void multiply(float (&sum)[SHAPE::COLUMNS / 2], int n_steps, int consumer,
@@ -184,7 +134,7 @@ static __device__ __forceinline__ void multiply(float (&sum)[SHAPE::COLUMNS / 2]
         wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < TILE_K / 16; kk++)
-            wgmma_shared(sum, a + 2 * kk, b + 2 * kk, step > 0 || kk > 0);
+            multiply_step(sum, a + 2 * kk, b + 2 * kk, step > 0 || kk > 0);
         wgmma_commit();
         if (step > 0) {
             wgmma_wait<1>();
@@ -206,8 +156,64 @@ template <class SHAPE> static __device__ __forceinline__ void skip(int n_steps, 
     }
 }
 
+/* Four 8x8 blocks of 16-bit numbers: lane l gives the address of row l mod 8 of block l / 8. */
+static __device__ __forceinline__ void store_blocks(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+/* N columns of 64 rows as activations through `staging`, the warpgroup's own STAGING_BYTES, as many columns at a time as
+ * it holds. Returns while the copy engine still reads the last of them. */
+template <int N, int SIZE>
+static __device__ __forceinline__ void store_boxes(const product_params &p, const float (&sum)[SIZE], int row,
+                                                   int first_column, uint32_t staging, int barrier)
+{
+    constexpr int WIDTH = N < STAGING_COLUMNS ? N : STAGING_COLUMNS;
+    const int lane = threadIdx.x % 32, own_row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    const bool leader = threadIdx.x % 128 == 0;
+#pragma unroll
+    for (int first = 0; first < N; first += WIDTH) {
+        if (leader)
+            store_wait_read();
+        named_barrier(barrier, 128);
+#pragma unroll
+        for (int i = 0; i < WIDTH / 16; i++) {
+            const float *x = &sum[4 * (first / 8 + 2 * i)];
+            const uint32_t at = staging + i / 4 * (64 * 128) + swizzled(own_row, i % 4 * 2 + lane / 16);
+            store_blocks(at, pack_act(x[0], x[1]), pack_act(x[2], x[3]), pack_act(x[4], x[5]),
+                         pack_act(x[6], x[7]));
+        }
+        fence_to_wgmma(); /* and to the copy engine */
+        named_barrier(barrier, 128);
+        if (leader) {
+#pragma unroll
+            for (int i = 0; i < WIDTH / 64; i++)
+                tensor_store(&p.stores, staging + i * (64 * 128), first_column + first + 64 * i, row);
+            store_commit();
+        }
+    }
+}
+
+/* The warpgroup's n_rows (1..64) rows from `row` on. Where there are 64 the copy engine writes them while the warpgroup
+ * multiplies on; where there are fewer it would overwrite the next expert's rows. `barrier` is the warpgroup's named
+ * barrier, `staging` its own shared memory. */
+template <output_kind OUTPUT, bool GENERAL, int SIZE>
+static __device__ __forceinline__ void store_tile(const product_params &p, float (&sum)[SIZE], int64_t row, int n_rows,
+                                                  int first_column, uint32_t staging, int barrier)
+{
+    constexpr int N = OUTPUT == output_kind::SWIGLU ? SIZE : 2 * SIZE; /* columns of y */
+    const int warp_row = threadIdx.x % 128 / 32 * 16;
+    finish_sums<OUTPUT, GENERAL>(p.output, sum, first_column);
+    if (!GENERAL && OUTPUT != output_kind::F32 && N % 64 == 0 && n_rows == 64)
+        store_boxes<N>(p, sum, static_cast<int>(row), first_column, staging, barrier);
+    else
+        store_rows<OUTPUT, GENERAL>(p.output, sum, row + warp_row, n_rows - warp_row, first_column);
+}
+
 template <class SHAPE, output_kind OUTPUT, bool GENERAL>
-static __device__ __forceinline__ void consume(const product_params &p, tile_walk walk, ring<SHAPE> ring)
+static __device__ __forceinline__ void consume(const product_params &p, tile_walk<TILE_ROWS> walk, ring<SHAPE> ring)
 {
     const int consumer = threadIdx.x / WARPGROUP_THREADS - 1, first = consumer * BLOCK_ROWS;
     tile t;
@@ -220,8 +226,8 @@ static __device__ __forceinline__ void consume(const product_params &p, tile_wal
             skip(p.n_steps, ring);
             continue;
         }
-        if (OUTPUT == output_kind::F32 && p.accumulate)
-            prefetch_rows<SHAPE::COLUMNS>(p, t.row + first, n_rows, column);
+        if (OUTPUT == output_kind::F32 && p.output.accumulate)
+            prefetch_rows<BLOCK_ROWS, SHAPE::COLUMNS>(p.output, t.row + first, n_rows, column);
         float sum[SHAPE::COLUMNS / 2];
         multiply<SHAPE>(sum, p.n_steps, consumer, ring);
         store_tile<OUTPUT, GENERAL>(p, sum, t.row + first, n_rows, column, ring.staging + consumer * STAGING_BYTES,
@@ -240,7 +246,7 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(cons
     int32_t *before = reinterpret_cast<int32_t *>(empty + SHAPE::N_STAGES);
 
     if (threadIdx.x < 32) {
-        count_tiles(p, before);
+        count_tiles<TILE_ROWS>(p.rows, before);
         if (threadIdx.x == 0) {
             for (int i = 0; i < SHAPE::N_STAGES; i++) {
                 barrier_init(&full[i], 1);
@@ -252,7 +258,7 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(cons
         }
     }
     __syncthreads();
-    const tile_walk walk = {p.offsets, before, p.n_rows, p.n_experts, p.n_column_tiles, 0};
+    const tile_walk<TILE_ROWS> walk = {p.rows, before, 0};
     const ring<SHAPE> ring = {shared_address(shared), shared_address(staging), full, empty};
     if (threadIdx.x < WARPGROUP_THREADS) {
         registers_shrink<PRODUCER_REGISTERS>();
@@ -264,39 +270,63 @@ static __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_kernel(cons
     }
 }
 
-/* Fills in what follows from the shape, and launches. n_row_ends: how many tiles may not be full. */
 template <class SHAPE, output_kind OUTPUT, bool GENERAL>
-static cudaError_t launch_product(cudaStream_t stream, int n_multiprocessors, product_params &p,
-                                  const product_operands &operands, int64_t n_row_ends)
+static cudaError_t launch_shape(const struct lr_exec *exec, const product &from)
 {
     constexpr int COLUMNS = OUTPUT_COLUMNS<SHAPE, OUTPUT>;
     const auto kernel = product_kernel<SHAPE, OUTPUT, GENERAL>;
-    const int n_bytes = SHAPE::BYTES + 4 * (p.n_experts + 1);
-    cudaError_t error = tensor_map_encode(&p.a, operands.a, BLOCK_ROWS);
+    const int n_bytes = SHAPE::BYTES + 4 * (from.rows.n_experts + 1);
+    const int64_t row_bytes = from.output.y_stride * 2;
+    const matrix_view y = {from.output.y, from.output.n_columns, from.rows.n_rows, 1, row_bytes,
+                           from.rows.n_rows * row_bytes};
+    product_params p = {};
+    cudaError_t error = tensor_map_encode(&p.a, from.a, BLOCK_ROWS);
     for (int i = 0; error == cudaSuccess && i < (OUTPUT == output_kind::SWIGLU ? 2 : 1); i++)
-        error = tensor_map_encode(&p.b[i], operands.b[i], COLUMNS);
+        error = tensor_map_encode(&p.b[i], from.b[i], COLUMNS);
     if (error == cudaSuccess && OUTPUT != output_kind::F32 && !GENERAL)
-        error = tensor_map_encode(&p.stores, operands.y, BLOCK_ROWS);
+        error = tensor_map_encode(&p.stores, y, BLOCK_ROWS);
     if (error == cudaSuccess)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes);
     if (error != cudaSuccess)
         return error;
-    p.n_steps = static_cast<int>(divide_up(operands.a.columns, TILE_K));
-    p.n_column_tiles = static_cast<int>(divide_up(p.n_columns, COLUMNS));
-    const int64_t n_tiles = (p.n_rows / TILE_ROWS + n_row_ends) * p.n_column_tiles;
-    const int n_blocks = static_cast<int>(n_tiles < n_multiprocessors ? n_tiles : n_multiprocessors);
-    kernel<<<n_blocks, PRODUCT_THREADS, n_bytes, stream>>>(p);
+    p.rows = from.rows;
+    p.rows.n_column_tiles = static_cast<int>(divide_up(from.output.n_columns, COLUMNS));
+    p.output = from.output;
+    p.n_steps = static_cast<int>(divide_up(from.a.columns, TILE_K));
+    const int64_t n_tiles = bound_row_tiles(p.rows, TILE_ROWS) * p.rows.n_column_tiles;
+    const int64_t n_multiprocessors = lr_cuda_multiprocessors(exec);
+    const unsigned n_blocks = static_cast<unsigned>(n_tiles < n_multiprocessors ? n_tiles : n_multiprocessors);
+    kernel<<<n_blocks, PRODUCT_THREADS, n_bytes, static_cast<cudaStream_t>(exec->stream)>>>(p);
     return cudaGetLastError();
 }
 
-/* Whether n_rows x n_columns gives every multiprocessor a tile of the large shape. */
-static inline bool fills_device(int64_t n_rows, int64_t n_columns, int64_t n_experts, int tile_columns,
-                                int n_multiprocessors)
+/* Large tiles where they give every multiprocessor one; small ones where not (a step of decoding has one row: only the
+ * columns are left to spread), and for what is rare. The sum of an element is the same chain in both, so this choice
+ * does not show in the bits. */
+template <output_kind OUTPUT> static cudaError_t launch_kind(const struct lr_exec *exec, const product &p)
 {
-    return n_experts <= large_shape::MAX_EXPERTS && n_columns > tile_columns / 2 &&
-           divide_up(n_rows, TILE_ROWS) * divide_up(n_columns, tile_columns) >= n_multiprocessors;
+    constexpr int COLUMNS = OUTPUT_COLUMNS<large_shape, OUTPUT>;
+    const int64_t n_columns = p.output.n_columns;
+    const int64_t n_large = divide_up(p.rows.n_rows, TILE_ROWS) * divide_up(n_columns, COLUMNS);
+    if (p.general)
+        return launch_shape<small_shape, OUTPUT, true>(exec, p);
+    if (n_columns > COLUMNS / 2 && n_large >= lr_cuda_multiprocessors(exec) &&
+        p.rows.n_experts <= large_shape::MAX_EXPERTS)
+        return launch_shape<large_shape, OUTPUT, false>(exec, p);
+    return launch_shape<small_shape, OUTPUT, false>(exec, p);
+}
+
+cudaError_t launch_product_wgmma(const struct lr_exec *exec, const product &p)
+{
+    switch (p.kind) {
+    case output_kind::ACT:
+        return launch_kind<output_kind::ACT>(exec, p);
+    case output_kind::F32:
+        return launch_kind<output_kind::F32>(exec, p);
+    case output_kind::SWIGLU:
+        return launch_kind<output_kind::SWIGLU>(exec, p);
+    }
+    return cudaErrorInvalidValue;
 }
 
 } // namespace lr::LR_CUDA_ACT
-
-#endif
