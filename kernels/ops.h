@@ -296,7 +296,7 @@ struct lr_kv_shape {
     enum lr_dtype dtype; /* CPU: LR_F32 or LR_BF16. CUDA: the activation type */
 };
 
-/* A block that a query may read, or half of one. */
+/* A block that a query may read; or half of one, where the slot's arguments allow it. */
 struct lr_kv_ref {
     const void *data; /* the block, for its second half too */
     int64_t position; /* of the first key that is meant: a multiple of 128, or 64 more for the block's second half */

@@ -118,8 +118,12 @@ struct document {
 };
 
 /* Rows [position, position + n_rows) of a document; lists: one for all, or `lists`. */
-static float time_attention(
-    const document &d, int64_t position, int64_t n_rows, int64_t window, const std::vector<struct lr_kv_list> &lists)
+static float time_attention(const document &d,
+                            int64_t position,
+                            int64_t n_rows,
+                            int64_t window,
+                            const std::vector<struct lr_kv_list> &lists,
+                            bool half_blocks = false)
 {
     const int64_t width = d.shape.n_heads * d.shape.head_dim;
     std::vector<int64_t> positions(static_cast<size_t>(n_rows));
@@ -136,6 +140,7 @@ static float time_attention(
     args.window = window;
     args.lists = lists.data();
     args.n_lists = static_cast<int64_t>(lists.size());
+    args.half_blocks = half_blocks;
     args.first = 1;
     args.m = take<float>(n_rows * d.shape.n_heads);
     args.l = take<float>(n_rows * d.shape.n_heads);
@@ -173,28 +178,31 @@ static void window(int64_t n_tokens, int64_t width)
     row("window 4096 T=65536 H=32/8 D=128", ms, 4.0 * 32 * 128 * static_cast<double>(n_tokens * width), 0);
 }
 
-/* A tenth of the blocks at random and the own one, the same for every KV head, causal. */
-static void random_blocks(int64_t n_tokens)
+/* A tenth of the blocks of `tokens` (128 or 64) tokens at random and the query block's own, the same for every KV head,
+ * causal. */
+static void random_blocks(int64_t n_tokens, int64_t tokens)
 {
+    char name[96];
     const document d(32, 8, 128, n_tokens);
-    const int64_t n_blocks = n_tokens / BLOCK;
+    const int64_t n_blocks = n_tokens / BLOCK, parts = BLOCK / tokens;
     std::vector<std::vector<struct lr_kv_ref>> refs(static_cast<size_t>(n_blocks));
     std::vector<struct lr_kv_list> lists;
     double n = 0;
     uint64_t seed = 1;
     for (int64_t i = 0; i < n_blocks; i++) {
         std::vector<struct lr_kv_ref> &r = refs[static_cast<size_t>(i)];
-        for (int64_t j = 0; j <= i; j++) {
+        for (int64_t j = 0; j < (i + 1) * parts; j++) {
             seed = seed * 6364136223846793005u + 1442695040888963407u;
-            if (j == i || seed >> 33 < 0x80000000u / 10)
-                r.push_back(d.refs[static_cast<size_t>(j)]);
+            if (j / parts == i || seed >> 33 < 0x80000000u / 10)
+                r.push_back({d.refs[static_cast<size_t>(j / parts)].data, j * tokens, static_cast<int32_t>(tokens), 0});
         }
         n += static_cast<double>(r.size());
         for (int64_t h = 0; h < 8; h++)
             lists.push_back({r.data(), static_cast<int64_t>(r.size())});
     }
-    const float ms = time_attention(d, 0, n_tokens, 0, lists);
-    row("random 10 % of 128 x 128 blocks T=65536 H=32/8 D=128", ms, 4.0 * 32 * 128 * n * BLOCK * BLOCK, 0);
+    const float ms = time_attention(d, 0, n_tokens, 0, lists, parts > 1);
+    snprintf(name, sizeof name, "random 10 %% of 128 x %lld blocks T=65536 H=32/8 D=128", (long long)tokens);
+    row(name, ms, 4.0 * 32 * 128 * n * static_cast<double>(BLOCK * tokens), 0);
 }
 
 /* The rows of one wave of longreach-tiny against everything before them. */
@@ -311,7 +319,8 @@ int main(int argc, char **argv)
             causal(32, 8, 128, n);
     if (wanted(argc, argv, "sparse")) {
         window(65536, 4096);
-        random_blocks(65536);
+        random_blocks(65536, BLOCK);
+        random_blocks(65536, BLOCK / 2);
     }
     if (wanted(argc, argv, "tiny"))
         tiny(65536, 1 << 20);

@@ -41,12 +41,14 @@ def sparse(tokens=65536, heads=32, kv_heads=8, dim=128):
                              _compile=True)
     row("Flex window 4096 T=65536 H=32/8 D=128", lambda: flex(q, k, v, block_mask=mask, enable_gqa=True),
         4 * heads * dim * tokens * 4096)
-    blocks = tokens // 128
-    keep = (torch.rand(blocks, blocks, device="cuda") < 0.1) | torch.eye(blocks, device="cuda", dtype=torch.bool)
-    mask = create_block_mask(lambda b, h, i, j: (i >= j) & keep[i // 128, j // 128], None, None, tokens, tokens,
-                             device="cuda", _compile=True)
-    row("Flex random 10 % of 128 x 128 blocks T=65536", lambda: flex(q, k, v, block_mask=mask, enable_gqa=True),
-        4 * heads * dim * keep.tril().sum().item() * 128 * 128)
+    rows = torch.arange(tokens // 128, device="cuda")[:, None]
+    for size in (128, 64):
+        own = torch.arange(tokens // size, device="cuda") * size // 128  # the query block that a key block lies in
+        keep = (torch.rand(tokens // 128, tokens // size, device="cuda") < 0.1) | (own == rows)
+        mask = create_block_mask(lambda b, h, i, j: (i >= j) & keep[i // 128, j // size], None, None, tokens, tokens,
+                                 device="cuda", BLOCK_SIZE=(128, size), _compile=True)
+        row(f"Flex random 10 % of 128 x {size} blocks T=65536", lambda: flex(q, k, v, block_mask=mask, enable_gqa=True),
+            4 * heads * dim * (keep & (own <= rows)).sum().item() * 128 * size)
 
 
 print(torch.cuda.get_device_name(), torch.__version__, "cuDNN", torch.backends.cudnn.version())

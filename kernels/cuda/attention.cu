@@ -1,5 +1,6 @@
-/* Which kernel for Hopper a fold takes: by the padded head dimension, and by how many rows a tile can be filled with. The row's
- * bits are the same in all of them. */
+/* Which kernel for Hopper a fold takes: by the padded head dimension, and by how many rows a tile can be filled with.
+ * The row's bits are the same in all of them; but lists of half blocks are folded in steps of 64 keys, others in steps
+ * of 128 (of 64 with 256 channels). */
 #include "kernels/cuda/attention_kernel.cuh"
 
 void LR_CUDA(fold_rows_hopper)(const struct lr_exec *exec, const struct lr_cuda_fold *fold, const char *slot)
@@ -10,18 +11,26 @@ void LR_CUDA(fold_rows_hopper)(const struct lr_exec *exec, const struct lr_cuda_
     cudaError_t error = cudaErrorInvalidValue;
     switch (LR_CUDA(padded_head_dim)(fold->shape.head_dim)) {
     case 64:
-        if (tile_rows <= lr::UNIT)
-            error = lr::launch<64, 1>(*fold, n, stream);
+        if (fold->half_blocks)
+            error = lr::launch<64, 2, 64>(*fold, n, stream);
+        else if (tile_rows <= lr::UNIT)
+            error = lr::launch<64, 1, 128>(*fold, n, stream);
         else if (tile_rows <= 8 * lr::UNIT)
-            error = lr::launch<64, 2>(*fold, n, stream);
+            error = lr::launch<64, 2, 128>(*fold, n, stream);
         else
-            error = lr::launch<64, 3>(*fold, n, stream);
+            error = lr::launch<64, 3, 128>(*fold, n, stream);
         break;
     case 128:
-        error = tile_rows <= lr::UNIT ? lr::launch<128, 1>(*fold, n, stream) : lr::launch<128, 2>(*fold, n, stream);
+        if (fold->half_blocks)
+            error = lr::launch<128, 2, 64>(*fold, n, stream);
+        else if (tile_rows <= lr::UNIT)
+            error = lr::launch<128, 1, 128>(*fold, n, stream);
+        else
+            error = lr::launch<128, 2, 128>(*fold, n, stream);
         break;
     case 256:
-        error = tile_rows <= lr::UNIT ? lr::launch<256, 1>(*fold, n, stream) : lr::launch<256, 2>(*fold, n, stream);
+        error =
+            tile_rows <= lr::UNIT ? lr::launch<256, 1, 64>(*fold, n, stream) : lr::launch<256, 2, 64>(*fold, n, stream);
         break;
     }
     lr_cuda_note(exec, error, slot);

@@ -50,6 +50,7 @@ struct lr_cuda_fold {
     int64_t position;
     float scale;
     int64_t window, sinks;
+    int half_blocks;    /* lists may name halves of blocks */
     const void *packet; /* device memory, as all that follow */
     const struct lr_cuda_list *lists;
     const struct lr_cuda_rows *rows;

@@ -164,6 +164,7 @@ void LR_CUDA(attention)(const struct lr_exec *exec, const struct lr_attention_ar
     fold.scale = args->scale;
     fold.window = args->window;
     fold.sinks = args->sinks;
+    fold.half_blocks = args->half_blocks;
     fold.resume = !args->first;
     fold.m = args->m;
     fold.l = args->l;

@@ -32,15 +32,17 @@ struct tile {
     int64_t first, last; /* its rows of q */
 };
 
-/* KV heads one after the other, so that their blocks stay in L2; in each the last tiles first, as a causal document's
- * last tiles have the most work. False where no row is in the tile. */
+/* The tiles with the most work first, as a causal document's last ones have: thread blocks that go to and fro through
+ * this order end together. Of one list, the KV heads of a tile follow each other; of many lists, the tiles that read
+ * the same one do, so that its blocks are in L2. False where no row is in the tile. */
 static __device__ __forceinline__ bool
 take_tile(const lr_cuda_fold &a, int group, int n_tiles, int tile_rows, int work, tile &t)
 {
-    const int n_kv_heads = static_cast<int>(a.shape.n_kv_heads), outer = work / n_tiles;
-    t.kv_head = outer % n_kv_heads;
-    t.rows = a.rows[a.n_groups - 1 - outer / n_kv_heads];
-    t.row = (n_tiles - 1 - work % n_tiles) * tile_rows;
+    const int n_kv_heads = static_cast<int>(a.shape.n_kv_heads), n_each = n_kv_heads * n_tiles;
+    const int of_group = work % n_each, tile_number = a.n_groups == 1 ? of_group / n_kv_heads : of_group % n_tiles;
+    t.kv_head = a.n_groups == 1 ? of_group % n_kv_heads : of_group / n_tiles;
+    t.rows = a.rows[a.n_groups - 1 - work / n_each];
+    t.row = (n_tiles - 1 - tile_number) * tile_rows;
     t.first = t.rows.origin + t.row / group;
     t.last = t.rows.origin + (t.row + tile_rows - 1) / group;
     t.first = t.first > t.rows.first ? t.first : t.rows.first;
@@ -72,7 +74,8 @@ static __device__ __forceinline__ row_place place_row(const lr_cuda_fold &a, con
 struct walk {
     const lr_kv_ref *refs;
     int n_refs;
-    int jump; /* index of the first block in reach of the window; 0 where it is not known */
+    int jump;      /* index of the first block in reach of the window; 0 where it is not known */
+    int64_t start; /* the list's first position */
     int64_t first_position, last_position;
     int64_t window, sinks;
 };
@@ -84,6 +87,7 @@ static __device__ __forceinline__ walk make_walk(const lr_cuda_fold &a, const ti
     walk w = {reinterpret_cast<const lr_kv_ref *>(refs),
               list.n_refs,
               0,
+              0,
               a.position + t.first,
               a.position + t.last,
               a.window,
@@ -93,7 +97,8 @@ static __device__ __forceinline__ walk make_walk(const lr_cuda_fold &a, const ti
         w.last_position = t.rows.last_position;
     }
     if (list.dense && a.window > 0 && list.n_refs > 0) {
-        const int64_t reach = w.first_position - a.window + 1 - w.refs[0].position;
+        w.start = w.refs[0].position;
+        const int64_t reach = w.first_position - a.window + 1 - w.start;
         w.jump = reach > 0 ? static_cast<int>(reach / BLOCK) : 0;
     }
     return w;

@@ -1,5 +1,6 @@
 /* Attention over KV blocks on CUDA against the float64 truth: every head dimension, groups, one list and a list for
- * each query block, windows, sinks, chosen blocks; folding in several calls, rows alone, partials and their merge. */
+ * each query block, windows, sinks, chosen blocks and halves of blocks; folding in several calls, rows alone, partials
+ * and their merge. */
 #include "tests/kernels/cuda/check.h"
 
 #include "kernels/ref.h"
@@ -124,7 +125,7 @@ static void run_store_rows(void)
 
 /* ---- attention ---- */
 
-enum lists { ONE, EACH };
+enum lists { ONE, EACH, HALVES }; /* one of all blocks; some blocks, or halves of blocks, for each query block */
 
 struct attention_case {
     int64_t n_heads, n_kv_heads, head_dim, n_tokens, position, n_rows, window, sinks;
@@ -138,6 +139,15 @@ struct listing {
     struct lr_kv_list lists[MAX_LISTS], ref_lists[MAX_LISTS];
 };
 
+/* Makes a ref one of a half of its block; 0 where that half has no keys. */
+static int name_half(struct lr_kv_ref *ref, int64_t half)
+{
+    int32_t keys = ref->n_keys - (int32_t)half * (BLOCK / 2);
+    ref->position += half * (BLOCK / 2);
+    ref->n_keys = keys < BLOCK / 2 ? keys : BLOCK / 2;
+    return keys > 0;
+}
+
 static struct listing take_lists(const struct attention_case *c, const struct document *d, uint64_t *seed)
 {
     struct listing out = {.n_lists = 1};
@@ -145,18 +155,21 @@ static struct listing take_lists(const struct attention_case *c, const struct do
     out.ref_lists[0] = (struct lr_kv_list){d->ref_refs, d->n_blocks};
     if (c->lists == ONE)
         return out;
+    int64_t parts = c->lists == HALVES ? 2 : 1;
     out.n_lists = ((c->position + c->n_rows - 1) / BLOCK - c->position / BLOCK + 1) * c->n_kv_heads;
     for (int64_t i = 0; i < out.n_lists; i++) {
-        struct lr_kv_ref *refs = check_host((size_t)d->n_blocks * sizeof *refs);
-        struct lr_kv_ref *ref_refs = check_host((size_t)d->n_blocks * sizeof *ref_refs);
+        struct lr_kv_ref *refs = check_host((size_t)(d->n_blocks * parts) * sizeof *refs);
+        struct lr_kv_ref *ref_refs = check_host((size_t)(d->n_blocks * parts) * sizeof *ref_refs);
         int64_t n = 0;
-        for (int64_t b = 0; b < d->n_blocks; b++) {
+        for (int64_t b = 0; b < d->n_blocks * parts; b++) {
             uint64_t bits = check_bits(seed);
             if (bits % 3 == 0 && i % 5 != 4) /* some lists hold everything */
                 continue;
-            refs[n] = d->refs[b];
-            ref_refs[n] = d->ref_refs[b];
+            refs[n] = d->refs[b / parts];
+            ref_refs[n] = d->ref_refs[b / parts];
             refs[n].whole = ref_refs[n].whole = bits >> 32 & 1;
+            if (parts == 2 && (!name_half(&refs[n], b % 2) || !name_half(&ref_refs[n], b % 2)))
+                continue;
             n++;
         }
         if (i == 1)
@@ -246,6 +259,7 @@ static void run_case(const struct attention_case *c, uint64_t seed)
                                      .sinks = c->sinks,
                                      .lists = lists.ref_lists,
                                      .n_lists = lists.n_lists,
+                                     .half_blocks = c->lists == HALVES,
                                      .y_stride = y_stride};
     args.shape.dtype = LR_F32;
     double *truth = check_host((size_t)(n * c->head_dim) * sizeof *truth), *lse = check_host((size_t)n * sizeof *lse);
@@ -330,6 +344,29 @@ static void run_lists(void)
         {4, 2, 256, 900, 500, 200, 200, 10, EACH, 2, 2},  {3, 3, 72, 900, 500, 300, 200, 10, EACH, 2, 2},
     };
     run_cases(cases, CASES_TO_RUN(cases, 1));
+}
+
+static void run_halves(void)
+{
+    static const struct attention_case cases[] = {
+        {4, 2, 64, 1500, 700, 500, 0, 0, HALVES, 2, 2},     {4, 1, 64, 1475, 700, 500, 150, 100, HALVES, 2, 2},
+        {4, 1, 128, 1500, 640, 260, 300, 10, HALVES, 2, 2}, {2, 2, 128, 1010, 100, 380, 0, 70, HALVES, 2, 2},
+        {4, 2, 256, 900, 500, 200, 200, 10, HALVES, 2, 2},  {3, 3, 72, 900, 500, 300, 0, 0, HALVES, 8, 8},
+    };
+    run_cases(cases, CHECK_COUNT(cases));
+}
+
+/* Scores so far apart that a row's reference goes up again and again: by little, where the sum of a step's weights is
+ * too large, and by much, where they overflow; in some rows of a warp only. */
+static void run_rising(void)
+{
+    static const struct attention_case cases[] = {
+        {4, 2, 64, 1500, 900, 300, 0, 0, ONE, 8, 8},    {4, 2, 64, 1500, 900, 300, 0, 0, ONE, 14, 14},
+        {2, 1, 128, 1500, 900, 300, 0, 0, ONE, 7, 7},   {2, 1, 128, 1500, 900, 300, 200, 130, ONE, 12, 12},
+        {2, 1, 256, 1000, 600, 300, 0, 0, ONE, 6, 6},   {2, 1, 256, 1000, 600, 300, 0, 0, ONE, 10, 10},
+        {4, 2, 64, 1500, 900, 300, 0, 0, HALVES, 9, 9}, {2, 1, 128, 900, 500, 300, 0, 0, EACH, 9, 9},
+    };
+    run_cases(cases, CHECK_COUNT(cases));
 }
 
 static void run_extremes(void)
@@ -526,6 +563,8 @@ int main(void)
         {"attention: groups and first positions", run_groups},
         {"attention: windows and sinks", run_windows},
         {"attention: a list for each query block", run_lists},
+        {"attention: lists of halves of blocks", run_halves},
+        {"attention: rising scores", run_rising},
         {"attention: extreme scores", run_extremes},
         {"partials and merge", run_partials},
         {"no rows", run_nothing},
