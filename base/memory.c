@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 static size_t read_number(const char *path, const char *key)
 {
@@ -31,4 +33,19 @@ size_t lr_memory_available(void)
     if (limit != SIZE_MAX && used != SIZE_MAX && limit > used && limit - used < bytes)
         bytes = limit - used;
     return bytes;
+}
+
+size_t lr_memory_resident(const void *base, size_t size_bytes)
+{
+    enum { PAGES_AT_ONCE = 4096 };
+    unsigned char present[PAGES_AT_ONCE];
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), resident = 0;
+    for (size_t at = 0; at < size_bytes; at += PAGES_AT_ONCE * page) {
+        size_t n = size_bytes - at < PAGES_AT_ONCE * page ? size_bytes - at : PAGES_AT_ONCE * page;
+        if (mincore((char *)(uintptr_t)base + at, n, present) != 0)
+            continue;
+        for (size_t i = 0; i < (n + page - 1) / page; i++)
+            resident += (present[i] & 1u) * page;
+    }
+    return resident < size_bytes ? resident : size_bytes;
 }

@@ -23,6 +23,7 @@ struct bench {
 struct measured {
     int64_t tokens;
     double prefill_seconds, decode_seconds;
+    struct lr_memory_use memory; /* of the worker that took the most */
 };
 
 static enum lr_status parse_lengths(struct bench *b, struct lr_error *err)
@@ -53,31 +54,38 @@ static enum lr_status prepare_ids(struct bench *b, struct lr_error *err)
     return LR_OK;
 }
 
-/* `side_by_side` forks, each fed decode_tokens tokens one at a time: what generation does but for the choice. */
+/* `side_by_side` forks, each fed decode_tokens tokens one at a time, and the next ones chosen: what generation does. */
 static enum lr_status decode(struct bench *b, double *seconds, struct lr_error *err)
 {
     int64_t n = b->side_by_side, vocab = b->job.engine.model.dims.vocab;
     struct lr_fork_input *inputs = calloc((size_t)n, sizeof *inputs);
-    float *logits = calloc((size_t)(n * vocab), sizeof *logits);
-    int32_t *next = calloc((size_t)n, sizeof *next);
+    int32_t *fed = calloc((size_t)n, sizeof *fed), *next = calloc((size_t)n, sizeof *next);
+    struct lr_sampling sampling = lr_settings_sampling(&b->settings);
+    struct lr_fork_output output = {.next = next, .sampling = &sampling};
     enum lr_status status =
-        inputs && logits && next ? LR_OK : lr_fail(err, LR_NO_MEMORY, "no memory for %lld forks", (long long)n);
+        inputs && fed && next ? LR_OK : lr_fail(err, LR_NO_MEMORY, "no memory for %lld forks", (long long)n);
     for (int64_t i = 0; status == LR_OK && i < n; i++) {
-        inputs[i] = (struct lr_fork_input){.ids = &next[i], .n_ids = 1};
-        next[i] = (int32_t)(i % vocab);
+        inputs[i] = (struct lr_fork_input){.ids = &fed[i], .n_ids = 1};
+        fed[i] = (int32_t)(i % vocab);
         status = lr_session_fork(b->job.session, &inputs[i].fork, err);
     }
     if (status == LR_OK)
-        status = lr_forks_extend(b->job.session, inputs, n, logits, NULL, NULL, err); /* a first step warms up */
+        status = lr_forks_extend(b->job.session, inputs, n, &output, err); /* a first step warms up */
     double begin = lr_clock_seconds();
     for (int64_t t = 0; status == LR_OK && t < b->decode_tokens; t++) {
         for (int64_t i = 0; i < n; i++)
-            next[i] = (int32_t)((next[i] * 31 + 7 * t + 1) % vocab);
-        status = lr_forks_extend(b->job.session, inputs, n, logits, NULL, NULL, err);
+            fed[i] = (int32_t)((fed[i] * 31 + 7 * t + 1) % vocab);
+        status = lr_forks_extend(b->job.session, inputs, n, &output, err);
     }
     *seconds = lr_clock_seconds() - begin;
+    enum lr_status mine = LR_OK;
+    for (int64_t i = 0; status == LR_OK && mine == LR_OK && b->job.comm->rank == 0 && i < n; i++)
+        if (next[i] < 0)
+            mine = lr_fail_logits(&b->job.engine, lr_fork_position(inputs[i].fork) - 1, err);
+    if (status == LR_OK)
+        status = lr_agree(b->job.comm, mine, err);
     free(inputs);
-    free(logits);
+    free(fed);
     free(next);
     return status;
 }
@@ -88,9 +96,11 @@ static void print_line(const struct bench *b, const struct measured *m)
     double decoded = m->decode_seconds > 0.0 ? (double)(b->decode_tokens * b->side_by_side) / m->decode_seconds : 0.0;
     if (b->settings.json) {
         printf("{\"tokens\":%lld,\"workers\":%d,\"threads\":%d,\"attention\":\"%s\",\"prefill_seconds\":%.6f,"
-               "\"prefill_tokens_per_second\":%.1f,\"decode_side_by_side\":%lld,\"decode_tokens_per_second\":%.1f}\n",
+               "\"prefill_tokens_per_second\":%.1f,\"decode_side_by_side\":%lld,\"decode_tokens_per_second\":%.1f,"
+               "\"planned_bytes\":%zu,\"taken_bytes\":%zu,\"host_bytes\":%zu}\n",
                (long long)m->tokens, b->job.comm->size, b->job.options.n_threads, lr_attention_text(&b->job),
-               m->prefill_seconds, prefill, (long long)b->side_by_side, decoded);
+               m->prefill_seconds, prefill, (long long)b->side_by_side, decoded, m->memory.planned_bytes,
+               m->memory.taken_bytes, m->memory.host_reserved_bytes);
     } else {
         printf("%12s  %-7s %12.3f s %12s/s %12s/s\n", lr_number_text(m->tokens), lr_attention_text(&b->job),
                m->prefill_seconds, lr_number_text((int64_t)prefill), lr_number_text((int64_t)decoded));
@@ -109,6 +119,11 @@ static enum lr_status measure(struct bench *b, int64_t length, struct lr_error *
     m.prefill_seconds = b->job.prefill_seconds;
     if (b->decode_tokens > 0)
         LR_TRY(decode(b, &m.decode_seconds, err));
+    struct lr_memory_use memory[LR_COMM_MAX_WORKERS];
+    LR_TRY(lr_job_memory(&b->job, memory, err));
+    for (int r = 0; r < b->job.comm->size; r++)
+        if (memory[r].taken_bytes >= m.memory.taken_bytes)
+            m.memory = memory[r];
     if (b->job.comm->rank == 0)
         print_line(b, &m);
     lr_session_close(b->job.session);

@@ -10,7 +10,7 @@
 
 struct inspect {
     const char *model;
-    int64_t tokens, workers, questions, segment_tokens;
+    int64_t tokens, workers, questions, segment_tokens, kv_device_bytes;
     int kv_dtype, replicated, help;
 };
 
@@ -62,7 +62,9 @@ static enum lr_status print_plan(const struct inspect *in, const struct lr_qwen3
                                          .kv_dtype = dtype,
                                          .max_tokens = in->tokens,
                                          .max_forks = in->questions,
-                                         .max_fork_tokens = 128};
+                                         .max_fork_tokens = 128,
+                                         .kv_device_bytes = (size_t)in->kv_device_bytes};
+    LR_TRY(lr_session_divide(&dims, ops, (int)in->workers, in->replicated, SIZE_MAX, 0, &options, err));
     struct lr_memory_plan plan;
     lr_session_plan(&dims, ops, weight_bytes, (int)in->workers, in->replicated, &options, &plan);
     printf("\n%s tokens on %lld worker%s, %lld question%s side by side, each worker at most:\n",
@@ -74,6 +76,11 @@ static enum lr_status print_plan(const struct inspect *in, const struct lr_qwen3
            lr_bytes_text((int64_t)plan.kv_bytes), lr_bytes_text((int64_t)plan.state_bytes),
            lr_bytes_text((int64_t)plan.fork_bytes), lr_bytes_text((int64_t)plan.workspace_bytes),
            lr_bytes_text((int64_t)plan.total_bytes));
+    if (plan.host_slabs > 0)
+        printf("of them       %s of keys and values in host memory (%lld of %lld segments of each layer), read through "
+               "buffers\n              that are part of the %s above\n",
+               lr_bytes_text((int64_t)plan.kv_host_bytes), (long long)plan.host_slabs, (long long)plan.slabs,
+               lr_bytes_text((int64_t)plan.kv_bytes));
     return LR_OK;
 }
 
@@ -99,7 +106,9 @@ int lr_command_inspect(int argc, char **argv)
     static const struct lr_command_text text = {
         .usage = "inspect DIR [--tokens N] [--workers P] [OPTIONS]",
         .summary = "Shows a model's layers, parameters and state, and the memory that a document would need.",
-        .examples = "  longreach inspect models/longreach-tiny --tokens 10000000 --workers 2 --kv-dtype bf16\n"};
+        .examples = "  longreach inspect models/longreach-tiny --tokens 10000000 --workers 2 --kv-dtype bf16\n"
+                    "  longreach inspect models/longreach-tiny --segment-tokens 65536 --kv-dtype bf16 "
+                    "--kv-device-memory 256M\n"};
     static const char *const kv_choices[] = {"f32", "bf16", NULL};
     struct inspect in = {.tokens = 1000000, .workers = 1, .questions = 1, .segment_tokens = LR_DEFAULT_SEGMENT_TOKENS};
     int n_operands;
@@ -131,10 +140,25 @@ int lr_command_inspect(int argc, char **argv)
          .out = &in.kv_dtype,
          .choices = kv_choices,
          .help = "f32 (default) or bf16"},
+        {.kind = LR_OPTION_INTEGER,
+         .name = "segment-tokens",
+         .argument = "N",
+         .out = &in.segment_tokens,
+         .lowest = LR_MIN_SEGMENT_TOKENS,
+         .highest = LR_MAX_SEGMENT_TOKENS,
+         .help = "tokens of a segment (default 4096; on GPUs longreach run takes 65536)"},
+        {.kind = LR_OPTION_SIZE,
+         .name = "kv-device-memory",
+         .argument = "SIZE",
+         .out = &in.kv_device_bytes,
+         .lowest = 1,
+         .highest = INT64_MAX,
+         .help = "what keys and values may take of a worker's GPU, as 800M or 24G; the rest lies in host memory"},
         {.kind = LR_OPTION_FLAG, .name = "replicated", .out = &in.replicated, .help = "every worker holds all experts"},
         {.kind = LR_OPTION_FLAG, .name = "help", .out = &in.help, .help = "this text"},
     };
-    int code = lr_command_parse(&text, options, 6, &in.help, argc, argv, &in.model, 1, &n_operands);
+    int code = lr_command_parse(&text, options, sizeof options / sizeof options[0], &in.help, argc, argv, &in.model, 1,
+                                &n_operands);
     if (code >= 0)
         return code;
     if (n_operands != 1)

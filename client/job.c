@@ -126,26 +126,39 @@ static struct lr_session_options session_options(struct lr_job *job, const struc
         .kv_dtype = kv_dtypes[job->options.kv_dtype],
         .max_tokens = document->n_ids,
         .max_forks = document->max_forks,
-        .max_fork_tokens = document->max_fork_tokens};
+        .max_fork_tokens = document->max_fork_tokens,
+        .kv_device_bytes = (size_t)job->options.kv_device_bytes,
+        .kv_host_bytes = (size_t)job->options.kv_host_bytes};
 }
 
 enum lr_status lr_job_check_memory(struct lr_job *job, const struct lr_job_document *document, struct lr_error *err)
 {
     struct lr_session_options options = session_options(job, document);
-    return lr_session_check_memory(&job->engine, &options, err);
+    return lr_session_fit(&job->engine, &options, err);
 }
 
-enum lr_status lr_job_read(struct lr_job *job,
-                           const struct lr_job_document *document,
-                           const struct lr_session_hooks *hooks,
-                           struct lr_error *err)
+enum lr_status lr_job_open_session(struct lr_job *job,
+                                   const struct lr_job_document *document,
+                                   const struct lr_session_hooks *hooks,
+                                   struct lr_error *err)
 {
     struct lr_session_options options = session_options(job, document);
-    LR_TRY(lr_session_open(&job->engine, &options, hooks, &job->session, err));
+    return lr_session_open(&job->engine, &options, hooks, &job->session, err);
+}
+
+enum lr_status lr_job_read(struct lr_job *job, const struct lr_job_document *document, struct lr_error *err)
+{
     double begin = lr_clock_seconds();
     LR_TRY(feed(job, document, err));
     job->prefill_seconds = lr_clock_seconds() - begin;
     return LR_OK;
+}
+
+enum lr_status lr_job_memory(struct lr_job *job, struct lr_memory_use *uses, struct lr_error *err)
+{
+    struct lr_memory_use mine;
+    lr_session_memory(job->session, &mine);
+    return lr_comm_all_gather(job->comm, "memory", &mine, sizeof mine, uses, err);
 }
 
 enum lr_status lr_job_peak_rss(struct lr_job *job, int64_t *bytes, struct lr_error *err)

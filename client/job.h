@@ -27,6 +27,7 @@ struct lr_job_options {
     enum lr_kv_choice kv_dtype;
     int64_t segment_tokens; /* 0: the device's default */
     int64_t top_k_blocks, decode_pages;
+    int64_t kv_device_bytes, kv_host_bytes; /* 0: what is free */
 };
 
 struct lr_job {
@@ -63,8 +64,7 @@ int64_t lr_job_segment_tokens(const struct lr_job *job);
 /* Fills job->attention for a document of n_tokens. */
 void lr_job_choose_attention(struct lr_job *job, int64_t n_tokens);
 
-/* Opens a session for n_document tokens and max_forks questions of max_fork_tokens, chooses the attention, and feeds
- * the document, which worker 0 holds in `ids`, wave by wave. Collective. */
+/* A document and the questions that a session is for. */
 struct lr_job_document {
     const int32_t *ids; /* worker 0 */
     int64_t n_ids;      /* on every worker */
@@ -74,10 +74,16 @@ struct lr_job_document {
 LR_MUST_USE enum lr_status
 lr_job_check_memory(struct lr_job *job, const struct lr_job_document *document, struct lr_error *err);
 
-LR_MUST_USE enum lr_status lr_job_read(struct lr_job *job,
-                                       const struct lr_job_document *document,
-                                       const struct lr_session_hooks *hooks,
-                                       struct lr_error *err);
+/* Opens the session; then the document goes through it. Collective. */
+LR_MUST_USE enum lr_status lr_job_open_session(struct lr_job *job,
+                                               const struct lr_job_document *document,
+                                               const struct lr_session_hooks *hooks,
+                                               struct lr_error *err);
+LR_MUST_USE enum lr_status
+lr_job_read(struct lr_job *job, const struct lr_job_document *document, struct lr_error *err);
+
+/* Of every worker's session, [size], on all. Collective. */
+LR_MUST_USE enum lr_status lr_job_memory(struct lr_job *job, struct lr_memory_use *uses, struct lr_error *err);
 
 /* Peak resident bytes of every worker, [size], on all. Collective. */
 LR_MUST_USE enum lr_status lr_job_peak_rss(struct lr_job *job, int64_t *bytes, struct lr_error *err);

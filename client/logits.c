@@ -99,7 +99,8 @@ static enum lr_status read_last(struct logits *l, const int32_t *ids, struct lr_
     struct lr_fork_input input = {.ids = ids, .n_ids = l->full_last};
     LR_TRY(lr_session_fork(l->job.session, &input.fork, err));
     lr_signals_phase("the last positions");
-    enum lr_status status = lr_forks_extend(l->job.session, &input, 1, NULL, write_logits, l, err);
+    struct lr_fork_output output = {.sink = write_logits, .sink_context = l};
+    enum lr_status status = lr_forks_extend(l->job.session, &input, 1, &output, err);
     lr_fork_release(input.fork);
     return status;
 }

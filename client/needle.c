@@ -111,6 +111,7 @@ struct needle_result {
     int64_t n_tokens, n_found;
     double density;
     int64_t peak_rss[LR_COMM_MAX_WORKERS], expert_rows[LR_COMM_MAX_WORKERS];
+    struct lr_memory_use memory[LR_COMM_MAX_WORKERS];
 };
 
 static void print_table(const struct needle *n, const struct needle_result *r)
@@ -127,6 +128,7 @@ static void print_table(const struct needle *n, const struct needle_result *r)
     printf("read in %s (%s tokens/s), asked in %s\n", lr_duration_text(n->job.prefill_seconds),
            lr_number_text((int64_t)((double)r->n_tokens / n->job.prefill_seconds)),
            lr_duration_text(n->questions.decode_seconds));
+    printf("%s\n", lr_memory_text(&n->job, r->memory));
     int64_t rows = 0;
     for (int w = 0; w < n->job.comm->size; w++)
         rows += r->expert_rows[w];
@@ -156,11 +158,12 @@ static void print_json(const struct needle *n, const struct needle_result *r)
         json_array_append_new(memory, json_integer(r->peak_rss[w]));
         json_array_append_new(load, json_integer(r->expert_rows[w]));
     }
-    json_t *summary = json_pack(
-        "{s:{s:I, s:I, s:I, s:i, s:s, s:f, s:f, s:f, s:o, s:o}}", "summary", "document_tokens", (json_int_t)r->n_tokens,
-        "needles", (json_int_t)n->n_needles, "found", (json_int_t)r->n_found, "workers", n->job.comm->size, "attention",
-        lr_attention_text(&n->job), "attention_density", r->density, "prefill_seconds", n->job.prefill_seconds,
-        "decode_seconds", n->questions.decode_seconds, "peak_rss_bytes", memory, "expert_rows", load);
+    json_t *summary = json_pack("{s:{s:I, s:I, s:I, s:i, s:s, s:f, s:f, s:f, s:o, s:o, s:o}}", "summary",
+                                "document_tokens", (json_int_t)r->n_tokens, "needles", (json_int_t)n->n_needles,
+                                "found", (json_int_t)r->n_found, "workers", n->job.comm->size, "attention",
+                                lr_attention_text(&n->job), "attention_density", r->density, "prefill_seconds",
+                                n->job.prefill_seconds, "decode_seconds", n->questions.decode_seconds, "peak_rss_bytes",
+                                memory, "expert_rows", load, "memory", lr_memory_json(r->memory, n->job.comm->size));
     char *text = json_dumps(summary, JSON_COMPACT | JSON_REAL_PRECISION(9));
     puts(text ? text : "");
     free(text);
@@ -202,6 +205,7 @@ static enum lr_status report(struct needle *n, int64_t n_tokens, struct lr_error
     LR_TRY(lr_session_density(n->job.session, &r.density, err));
     LR_TRY(lr_job_peak_rss(&n->job, r.peak_rss, err));
     LR_TRY(lr_job_expert_rows(&n->job, r.expert_rows, err));
+    LR_TRY(lr_job_memory(&n->job, r.memory, err));
     enum lr_status mine = LR_OK;
     if (n->job.comm->rank == 0) {
         for (int64_t i = 0; i < n->n_needles; i++)

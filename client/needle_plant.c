@@ -1,6 +1,6 @@
 #include "client/needle_plant.h"
 
-#include "worker/sample.h"
+#include "kernels/sample.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -21,6 +21,23 @@ static enum lr_status parse_integer(const struct lr_option *option, const char *
     return LR_OK;
 }
 
+static enum lr_status parse_size(const struct lr_option *option, const char *value, struct lr_error *err)
+{
+    static const char units[] = "KMGT";
+    char *end;
+    errno = 0;
+    long long number = strtoll(value, &end, 10);
+    const char *unit = end != value && *end ? strchr(units, *end) : NULL;
+    int shift = unit ? 10 * (int)(unit - units + 1) : 0;
+    if (end == value || end[unit != NULL] != '\0')
+        return lr_fail(err, LR_INVALID, "--%s: '%.80s' is not a size like 800M, 24G or 1000000", option->name, value);
+    if (errno == ERANGE || number < option->lowest || number > option->highest >> shift)
+        return lr_fail(err, LR_INVALID, "--%s: %.80s is out of range, it must be from %lld to %lld bytes", option->name,
+                       value, (long long)option->lowest, (long long)option->highest);
+    *(int64_t *)option->out = (int64_t)number << shift;
+    return LR_OK;
+}
+
 static enum lr_status parse_real(const struct lr_option *option, const char *value, struct lr_error *err)
 {
     char *end;
@@ -66,6 +83,8 @@ static enum lr_status take_value(const struct lr_option *option, const char *val
         return LR_OK;
     case LR_OPTION_INTEGER:
         return parse_integer(option, value, err);
+    case LR_OPTION_SIZE:
+        return parse_size(option, value, err);
     case LR_OPTION_REAL:
         return parse_real(option, value, err);
     case LR_OPTION_TEXT:

@@ -10,6 +10,7 @@
 enum lr_option_kind {
     LR_OPTION_FLAG,    /* int *: set to 1 */
     LR_OPTION_INTEGER, /* int64_t *, in [lowest, highest] */
+    LR_OPTION_SIZE,    /* int64_t *, bytes in [lowest, highest]: a whole number with K, M, G or T (of 1024) behind it */
     LR_OPTION_REAL,    /* double *, in [low, high] */
     LR_OPTION_TEXT,    /* const char ** */
     LR_OPTION_TEXTS,   /* struct lr_texts *: may be given several times */

@@ -13,6 +13,35 @@ const char *lr_attention_text(const struct lr_job *job)
     return job->attention == LR_ATTENTION_SPARSE ? "sparse" : "full";
 }
 
+const char *lr_memory_text(const struct lr_job *job, const struct lr_memory_use *uses)
+{
+    static char text[200];
+    const struct lr_memory_use *most = uses;
+    for (int r = 1; r < job->comm->size; r++)
+        if (uses[r].taken_bytes > most->taken_bytes)
+            most = &uses[r];
+    int n = snprintf(text, sizeof text, "a session's %smemory: %s planned, %s reserved, %s taken",
+                     job->engine.device_name[0] ? "GPU " : "", lr_bytes_text((int64_t)most->planned_bytes),
+                     lr_bytes_text((int64_t)most->reserved_bytes), lr_bytes_text((int64_t)most->taken_bytes));
+    if (most->host_slabs > 0)
+        snprintf(text + n, sizeof text - (size_t)n, "; %s of host memory for keys and values",
+                 lr_bytes_text((int64_t)most->host_reserved_bytes));
+    return text;
+}
+
+json_t *lr_memory_json(const struct lr_memory_use *uses, int n_workers)
+{
+    json_t *memory = json_array();
+    for (int r = 0; r < n_workers; r++)
+        json_array_append_new(memory,
+                              json_pack("{s:I, s:I, s:I, s:I, s:I}", "planned_bytes", (json_int_t)uses[r].planned_bytes,
+                                        "reserved_bytes", (json_int_t)uses[r].reserved_bytes, "taken_bytes",
+                                        (json_int_t)uses[r].taken_bytes, "host_planned_bytes",
+                                        (json_int_t)uses[r].host_planned_bytes, "host_reserved_bytes",
+                                        (json_int_t)uses[r].host_reserved_bytes));
+    return memory;
+}
+
 enum lr_status lr_read_document(struct lr_job *job,
                                 const char *path,
                                 const struct lr_settings *settings,
@@ -67,6 +96,19 @@ static void announce(const struct lr_reading *reading, const struct lr_job *job)
     fflush(stderr);
 }
 
+/* Where keys and values lie, if not all in one place. */
+static void announce_tiers(const struct lr_reading *reading, const struct lr_job *job)
+{
+    struct lr_memory_use use;
+    lr_session_memory(job->session, &use);
+    if (!reading->root || reading->settings->quiet || use.host_slabs == 0)
+        return;
+    fprintf(stderr, "keys and values: %s in %s memory, %s in host memory (%lld of %lld segments of a worker)\n",
+            lr_bytes_text((int64_t)use.kv_bytes), job->engine.device_name[0] ? "GPU" : "the backend's",
+            lr_bytes_text((int64_t)use.host_planned_bytes), (long long)use.host_slabs, (long long)use.slabs);
+    fflush(stderr);
+}
+
 enum lr_status lr_reading_run(struct lr_reading *reading,
                               struct lr_job *job,
                               const struct lr_token_buffer *document,
@@ -87,13 +129,15 @@ enum lr_status lr_reading_run(struct lr_reading *reading,
                                      .n_positions = reading->n_positions};
     lr_job_choose_attention(job, reading->n_tokens);
     announce(reading, job);
+    LR_TRY(lr_job_open_session(job, &input, &hooks, err));
+    announce_tiers(reading, job);
     int64_t wave_tokens = lr_job_segment_tokens(job) * job->comm->size;
     char phase[64];
     snprintf(phase, sizeof phase, "wave 1 of %lld", (long long)((reading->n_tokens + wave_tokens - 1) / wave_tokens));
     lr_signals_phase(phase);
     lr_progress_begin(&reading->progress, reading->root && !reading->settings->quiet, lr_world_terminal_columns(),
                       "reading", "tokens", reading->n_tokens);
-    enum lr_status status = lr_job_read(job, &input, &hooks, err);
+    enum lr_status status = lr_job_read(job, &input, err);
     lr_progress_end(&reading->progress);
     return status;
 }

@@ -6,6 +6,8 @@
 #include "client/report.h"
 #include "client/settings.h"
 
+#include <jansson.h>
+
 /* Worker 0: the file's text as ids. LR_INVALID where it is empty or no UTF-8. */
 LR_MUST_USE enum lr_status lr_read_document(struct lr_job *job,
                                             const char *path,
@@ -31,6 +33,12 @@ LR_MUST_USE enum lr_status lr_reading_run(struct lr_reading *reading,
                                           int64_t max_forks,
                                           int64_t max_fork_tokens,
                                           struct lr_error *err);
+
+/* Of the worker with the most: "2.10 GiB of GPU memory planned, 2.11 taken; 0.80 GiB of host memory for keys and
+ * values". In a static buffer. */
+const char *lr_memory_text(const struct lr_job *job, const struct lr_memory_use *uses);
+/* The same of every worker, an object each. */
+json_t *lr_memory_json(const struct lr_memory_use *uses, int n_workers);
 
 /* "full", "sparse" */
 const char *lr_attention_text(const struct lr_job *job);

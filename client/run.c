@@ -81,7 +81,14 @@ static void print_json_line(json_t *object)
     json_decref(object);
 }
 
-static void print_json(const struct run *run, int64_t document_tokens, const int64_t *peak_rss, double density)
+/* What the whole run took. */
+struct run_totals {
+    double density;
+    int64_t peak_rss[LR_COMM_MAX_WORKERS];
+    struct lr_memory_use memory[LR_COMM_MAX_WORKERS];
+};
+
+static void print_json(const struct run *run, int64_t document_tokens, const struct run_totals *totals)
 {
     const struct lr_questions *q = &run->questions;
     for (int64_t i = 0; i < q->n_questions; i++)
@@ -91,14 +98,15 @@ static void print_json(const struct run *run, int64_t document_tokens, const int
                                   (json_int_t)q->answers[i].n_generated));
     json_t *memory = json_array();
     for (int r = 0; r < run->job.comm->size; r++)
-        json_array_append_new(memory, json_integer(peak_rss[r]));
-    print_json_line(json_pack("{s:{s:I, s:i, s:s, s:f, s:f, s:f, s:o}}", "summary", "document_tokens",
+        json_array_append_new(memory, json_integer(totals->peak_rss[r]));
+    print_json_line(json_pack("{s:{s:I, s:i, s:s, s:f, s:f, s:f, s:o, s:o}}", "summary", "document_tokens",
                               (json_int_t)document_tokens, "workers", run->job.comm->size, "attention",
-                              lr_attention_text(&run->job), "attention_density", density, "prefill_seconds",
-                              run->job.prefill_seconds, "decode_seconds", q->decode_seconds, "peak_rss_bytes", memory));
+                              lr_attention_text(&run->job), "attention_density", totals->density, "prefill_seconds",
+                              run->job.prefill_seconds, "decode_seconds", q->decode_seconds, "peak_rss_bytes", memory,
+                              "memory", lr_memory_json(totals->memory, run->job.comm->size)));
 }
 
-static void print_table(const struct run *run, int64_t document_tokens, const int64_t *peak_rss, double density)
+static void print_table(const struct run *run, int64_t document_tokens, const struct run_totals *totals)
 {
     const struct lr_questions *q = &run->questions;
     int64_t generated = 0, most = 0;
@@ -107,25 +115,26 @@ static void print_table(const struct run *run, int64_t document_tokens, const in
         generated += q->answers[i].n_generated;
     }
     for (int r = 0; r < run->job.comm->size; r++)
-        most = peak_rss[r] > most ? peak_rss[r] : most;
+        most = totals->peak_rss[r] > most ? totals->peak_rss[r] : most;
     printf("\n%s tokens read in %s (%s tokens/s), %s attention, density %.4f\n", lr_number_text(document_tokens),
            lr_duration_text(run->job.prefill_seconds),
            lr_number_text((int64_t)((double)document_tokens / run->job.prefill_seconds)), lr_attention_text(&run->job),
-           density);
+           totals->density);
     printf("%s question%s answered with %s token%s in %s; %d worker%s, at most %s each\n",
            lr_number_text(q->n_questions), q->n_questions == 1 ? "" : "s", lr_number_text(generated),
            generated == 1 ? "" : "s", lr_duration_text(q->decode_seconds), run->job.comm->size,
            run->job.comm->size == 1 ? "" : "s", lr_bytes_text(most));
+    printf("%s\n", lr_memory_text(&run->job, totals->memory));
 }
 
 static enum lr_status report(struct run *run, int64_t document_tokens, struct lr_error *err)
 {
-    double density;
-    int64_t peak_rss[LR_COMM_MAX_WORKERS];
-    LR_TRY(lr_session_density(run->job.session, &density, err));
-    LR_TRY(lr_job_peak_rss(&run->job, peak_rss, err));
+    struct run_totals totals;
+    LR_TRY(lr_session_density(run->job.session, &totals.density, err));
+    LR_TRY(lr_job_peak_rss(&run->job, totals.peak_rss, err));
+    LR_TRY(lr_job_memory(&run->job, totals.memory, err));
     if (run->job.comm->rank == 0)
-        (run->settings.json ? print_json : print_table)(run, document_tokens, peak_rss, density);
+        (run->settings.json ? print_json : print_table)(run, document_tokens, &totals);
     return LR_OK;
 }
 

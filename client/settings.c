@@ -105,15 +105,31 @@ void lr_settings_options(struct lr_settings *s, int generates, struct lr_option 
          .argument = "TYPE",
          .out = &s->kv_dtype,
          .choices = kv_choices,
-         .help = "f32, bf16 (half the memory for keys and values) or auto: f32 on the CPU; on GPUs the type of the activations"},
+         .help = "f32, bf16 (half the memory for keys and values) or auto: f32 on the CPU; on GPUs the type of the "
+                 "activations"},
+        {.kind = LR_OPTION_SIZE,
+         .name = "kv-device-memory",
+         .argument = "SIZE",
+         .out = &s->kv_device_bytes,
+         .lowest = 1,
+         .highest = INT64_MAX,
+         .help = "what the document's keys and values may take of each worker's GPU, as 800M or 24G (default: what is "
+                 "free); the rest of them lies in host memory. On the CPU both are the host's"},
+        {.kind = LR_OPTION_SIZE,
+         .name = "kv-host-memory",
+         .argument = "SIZE",
+         .out = &s->kv_host_bytes,
+         .lowest = 1,
+         .highest = INT64_MAX,
+         .help = "what that rest may take of the host's memory, a worker (default: what is free)"},
         {.kind = LR_OPTION_INTEGER,
          .name = "segment-tokens",
          .argument = "N",
          .out = &s->segment_tokens,
          .lowest = LR_MIN_SEGMENT_TOKENS,
          .highest = LR_MAX_SEGMENT_TOKENS,
-         .help =
-             "tokens of a segment, a power of two (default 4096, on GPUs 65536); another one gives slightly other numbers"},
+         .help = "tokens of a segment, a power of two (default 4096, on GPUs 65536); another one gives slightly other "
+                 "numbers"},
         {.kind = LR_OPTION_FLAG,
          .name = "parse-special",
          .out = &s->parse_special,
@@ -225,6 +241,8 @@ struct lr_job_options lr_settings_job(const struct lr_settings *s, const struct 
         .segment_tokens = s->segment_tokens,
         .top_k_blocks = s->top_k_blocks,
         .decode_pages = s->decode_pages,
+        .kv_device_bytes = s->kv_device_bytes,
+        .kv_host_bytes = s->kv_host_bytes,
     };
 }
 

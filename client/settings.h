@@ -4,7 +4,6 @@
 
 #include "client/job.h"
 #include "client/options.h"
-#include "worker/sample.h"
 
 enum { LR_EXIT_OK = 0, LR_EXIT_FAILED = 1, LR_EXIT_USAGE = 2, LR_EXIT_INTERRUPTED = 130 };
 
@@ -15,6 +14,7 @@ struct lr_settings {
     int64_t segment_tokens;
     int device, transport, act, isa, attention, experts, kv_dtype; /* indices of their choices */
     int64_t top_k_blocks, decode_pages;
+    int64_t kv_device_bytes, kv_host_bytes;
     double temperature, top_p;
     int64_t top_k, seed, max_new_tokens;
     struct lr_texts stop;

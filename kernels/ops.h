@@ -49,7 +49,8 @@ enum {
     LR_MAX_DELTA_DIM = 1024, /* key dimension of the delta rule */
     LR_MAX_CONV_TAPS = 64,
     LR_MAX_EXPERTS = 4096,
-    LR_MAX_TOP_K = 4096 /* blocks chosen per query block */
+    LR_MAX_TOP_K = 4096, /* blocks chosen per query block */
+    LR_MAX_VOCAB = 3 << 17
 };
 
 enum { LR_UNIT_UPLOAD_BYTES = 8 << 20 };
@@ -497,9 +498,40 @@ struct lr_moe_combine_args {
     const float *shared_gate; /* [n_rows] logits; NULL: the factor of `shared` is 1 */
 };
 
+/* ---- choosing tokens
+ * ---------------------------------------------------------------------------------------------- */
+
+struct lr_sampling {
+    float temperature; /* 0: greedy, the lowest id among the largest logits */
+    int32_t top_k;     /* 0: all; else only the k largest logits (ties: the lower id) */
+    float top_p;       /* 1: all; else the fewest tokens, by falling probability, whose sum reaches top_p */
+    uint64_t seed;
+};
+
+/* The next token of every row. Probabilities are exp((logit - largest) / temperature) as integers of 2^-44
+ * (kernels/sample.h); top_k, top_p and the draw walk over the tokens by falling logit, equal ones by rising id; the
+ * random number is a function of (seed, position). So the token depends on the row's logits only, and is the same from
+ * every backend. */
+struct lr_sample_args {
+    const float *logits; /* [n_rows, vocab] contiguous */
+    int64_t n_rows;
+    int64_t vocab;                      /* at most LR_MAX_VOCAB */
+    const struct lr_sampling *sampling; /* host [n_rows] */
+    const int64_t *positions;           /* host [n_rows], of the tokens to come */
+    int32_t *ids;                       /* [n_rows]; -1 where a logit is NaN, or the largest is infinite */
+};
+
 /* ---- the table
  * ----------------------------------------------------------------------------------------------------
  */
+
+/* Two lanes of work: what is launched in one is done in order, and the lanes run beside each other.
+ *
+ *   kernels   K1 reads A, mark 0 | await 1, K2 reads B | ...
+ *   aside     copy into B, mark 1 | await 0, copy into A | ...
+ */
+enum lr_lane { LR_LANE_KERNELS, LR_LANE_ASIDE };
+enum { LR_MARKS = 16 };
 
 /* The backend's memory. The copies are ordered with the kernels of `exec` and may return before they are done, but
  * for download and wait. */
@@ -509,7 +541,13 @@ struct lr_memory_ops {
     void (*release)(void *base, size_t size_bytes);
     /* Bytes that could be reserved now. */
     size_t (*available)(void);
-    /* Backend memory to backend memory; the ranges do not overlap. */
+    /* Host memory that the backend copies to and from at full rate (CUDA: pinned), 256-byte aligned, contents
+     * undefined. Blocks. LR_NO_MEMORY with the numbers. release_host waits for copies in both lanes. */
+    enum lr_status (*reserve_host)(size_t size_bytes, void **out, struct lr_error *err);
+    void (*release_host)(void *base, size_t size_bytes);
+    /* Bytes of such memory that could be reserved now. */
+    size_t (*available_host)(void);
+    /* Backend memory or memory of reserve_host to backend memory; the ranges do not overlap. */
     void (*copy)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes);
     /* n_rows rows of row_bytes each; strides in bytes. */
     void (*copy_rows)(const struct lr_exec *exec,
@@ -527,6 +565,14 @@ struct lr_memory_ops {
     enum lr_status (*download)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes,
                                struct lr_error *err);
     enum lr_status (*wait)(const struct lr_exec *exec, struct lr_error *err);
+
+    /* Between backend memory and memory of reserve_host, either way, in LR_LANE_ASIDE; everything else that this table
+     * launches is in LR_LANE_KERNELS. Not between unit_begin and unit_end, nor are the next two. */
+    void (*copy_aside)(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes);
+    /* `mark` (0 .. LR_MARKS - 1) is where `lane` stands now; it forgets where it was. */
+    void (*mark)(const struct lr_exec *exec, enum lr_lane lane, int mark);
+    /* What is launched in `lane` from now on starts after what lay before the mark; one never set holds nobody up. */
+    void (*await)(const struct lr_exec *exec, enum lr_lane lane, int mark);
 };
 
 struct lr_kernel_ops {
@@ -611,6 +657,8 @@ struct lr_kernel_ops {
     void (*gather_rows)(
         const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows, int64_t n_rows, void *y);
     void (*moe_combine)(const struct lr_exec *exec, const struct lr_moe_combine_args *args);
+
+    void (*sample)(const struct lr_exec *exec, const struct lr_sample_args *args);
 };
 
 enum lr_isa { LR_ISA_AUTO, LR_ISA_V4, LR_ISA_V3, LR_ISA_C };

@@ -4,7 +4,7 @@
  * are computed by every worker; attention over the document's KV and experts stay where they are. A
  * row's result does not depend on its neighbours, so a question gets the same answer alone and
  * among others. */
-#include "worker/session_impl.h"
+#include "worker/kv_tier.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -33,7 +33,8 @@ void lr_fork_rewind(struct lr_fork *fork)
     const struct lr_model_dims *dims = &engine->model.dims;
     size_t layers = (size_t)dims->n_delta_layers;
     memory->copy(&engine->exec, fork->states, session->states, layers * lr_state_floats(dims) * sizeof(float));
-    memory->copy(&engine->exec, fork->tails, session->tails, layers * lr_tail_elements(dims) * lr_act_bytes(engine->ops));
+    memory->copy(&engine->exec, fork->tails, session->tails,
+                 layers * lr_tail_elements(dims) * lr_act_bytes(engine->ops));
     fork->position = session->n_tokens;
     if (!fork->kv)
         return;
@@ -57,11 +58,11 @@ int64_t lr_fork_position(const struct lr_fork *fork)
  * ------------------------------------------------------------------------------------------------------
  */
 
-/* The inputs of a call, sorted by falling number of tokens. `source` is the place in the caller's
- * array. */
+/* The inputs of a call, sorted by falling number of tokens. */
 struct entry {
     const struct lr_fork_input *input;
-    int64_t source;
+    int64_t source; /* its place in the caller's array */
+    int64_t end;    /* position behind its last token */
 };
 
 static int more_tokens_first(const void *a, const void *b)
@@ -102,8 +103,7 @@ struct extension {
     struct lr_session *session;
     struct entry *entries; /* [n] sorted */
     int64_t n;
-    lr_logits_sink *sink;
-    void *sink_context;
+    struct lr_fork_output output;
 };
 
 /* Slices [first, end) of the sorted inputs whose rows fit one step. */
@@ -138,7 +138,8 @@ static enum lr_status sink_rows(const struct extension *extension, const struct 
         lr_step_logits(engine, step->x + i * dims->d, 1, normed, logits);
         status = lr_step_view(session, logits, (size_t)dims->vocab * sizeof *logits, &view, err);
         if (status == LR_OK)
-            status = extension->sink(extension->sink_context, step->positions[i], view, err);
+            status = lr_sink_logits(engine, extension->output.sink, extension->output.sink_context, step->positions[i],
+                                    view, err);
         lr_step_rewind(session, mark);
     }
     return lr_agree(engine->comm, status, err);
@@ -169,12 +170,70 @@ static void keep_last_rows(const struct extension *extension, const struct lr_st
                              session->last_rows + ended * d);
 }
 
-/* Whether a step can be one unit: it meets no other worker and asks the device nothing on the way, and its lists fit. */
+/* What the head makes of the entries' last tokens; backend memory, in the order of entries. Empty where not wanted. */
+struct head {
+    float *logits; /* [n, vocab] */
+    int32_t *next; /* [n] */
+};
+
+static struct head launch_head(const struct extension *extension)
+{
+    struct lr_session *session = extension->session;
+    struct lr_engine *engine = session->engine;
+    const struct lr_fork_output *output = &extension->output;
+    const struct lr_model_dims *dims = &engine->model.dims;
+    int64_t n = extension->n;
+    struct head head = {NULL, NULL};
+    if (engine->comm->rank != 0 || (!output->next && !output->logits))
+        return head;
+    lr_act *normed = lr_step_act(session, n * dims->d);
+    head.logits = LR_STEP_TENSOR(session, float, n * dims->vocab);
+    lr_step_logits(engine, session->last_rows, n, normed, head.logits);
+    if (!output->next)
+        return head;
+    head.next = LR_STEP_TENSOR(session, int32_t, n);
+    struct lr_sampling *sampling = LR_STEP_TABLE(session, struct lr_sampling, n);
+    int64_t *positions = LR_STEP_TABLE(session, int64_t, n);
+    for (int64_t i = 0; i < n; i++) {
+        sampling[i] = *output->sampling;
+        positions[i] = extension->entries[i].end;
+    }
+    struct lr_sample_args args = {.logits = head.logits,
+                                  .n_rows = n,
+                                  .vocab = dims->vocab,
+                                  .sampling = sampling,
+                                  .positions = positions,
+                                  .ids = head.next};
+    engine->ops->sample(&engine->exec, &args);
+    return head;
+}
+
+/* To the caller's arrays, in the caller's order. */
+static enum lr_status take_head(const struct extension *extension, struct head head, struct lr_error *err)
+{
+    struct lr_session *session = extension->session;
+    const struct lr_engine *engine = session->engine;
+    const struct lr_fork_output *output = &extension->output;
+    size_t row = (size_t)engine->model.dims.vocab;
+    for (int64_t i = 0; head.logits && output->logits && i < extension->n; i++)
+        LR_TRY(engine->ops->memory.download(&engine->exec, output->logits + (size_t)extension->entries[i].source * row,
+                                            head.logits + (size_t)i * row, row * sizeof(float), err));
+    if (!head.next)
+        return LR_OK;
+    int32_t *next = LR_STEP_TABLE(session, int32_t, extension->n);
+    LR_TRY(engine->ops->memory.download(&engine->exec, next, head.next, (size_t)extension->n * sizeof *next, err));
+    for (int64_t i = 0; i < extension->n; i++)
+        output->next[extension->entries[i].source] = next[i];
+    return LR_OK;
+}
+
+/* Whether a step can be one unit: it meets no other worker and asks the device nothing on the way, and its lists fit.
+ */
 static int is_unit(const struct lr_session *session)
 {
     const struct lr_engine *engine = session->engine;
     int64_t blocks = engine->model.dims.n_attention_layers * (session->n_tokens / LR_KV_BLOCK_TOKENS);
-    return engine->links->size == 1 && session->options.decode_pages == 0 &&
+    return engine->links->size == 1 && session->options.decode_pages == 0 && !lr_kv_is_tiered(session) &&
            blocks * (int64_t)sizeof(struct lr_kv_ref) < LR_UNIT_UPLOAD_BYTES / 2;
 }
 
@@ -204,11 +263,14 @@ static enum lr_status run_slices(
     LR_TRY(lr_step_begin(&step, ids, err));
     LR_TRY(lr_step_layers(&step, err));
     keep_last_rows(extension, &step, first);
+    int is_last = end == extension->entries[0].input->n_ids;
+    struct head head = is_last ? launch_head(extension) : (struct head){NULL, NULL};
     if (unit)
         LR_TRY(engine->ops->unit_end(&engine->exec, err));
     for (int64_t f = 0; f < n_forks; f++)
         forks[f]->position += lr_batch_fork_tokens(&batch, f);
-    return extension->sink ? sink_rows(extension, &step, err) : LR_OK;
+    LR_TRY(take_head(extension, head, err));
+    return extension->output.sink ? sink_rows(extension, &step, err) : LR_OK;
 }
 
 static enum lr_status run_extension(const struct extension *extension, int64_t *slice_first, struct lr_error *err)
@@ -222,44 +284,21 @@ static enum lr_status run_extension(const struct extension *extension, int64_t *
     return LR_OK;
 }
 
-/* Logits of every entry's last token, in the caller's order. Worker 0 only. */
-static enum lr_status last_logits(const struct extension *extension, float *logits, struct lr_error *err)
-{
-    struct lr_session *session = extension->session;
-    struct lr_engine *engine = session->engine;
-    const struct lr_kernel_ops *ops = engine->ops;
-    const struct lr_model_dims *dims = &engine->model.dims;
-    lr_step_rewind(session, (struct lr_step_mark){0});
-    int64_t n = extension->n, *entry_of = LR_STEP_TABLE(session, int64_t, n);
-    for (int64_t i = 0; i < n; i++)
-        entry_of[extension->entries[i].source] = i;
-    int64_t *index = LR_STEP_TENSOR(session, int64_t, n);
-    float *x = LR_STEP_TENSOR(session, float, n * dims->d);
-    lr_act *normed = lr_step_act(session, n * dims->d);
-    ops->memory.upload(&engine->exec, index, entry_of, (size_t)n * sizeof *entry_of);
-    ops->gather_rows(&engine->exec, session->last_rows, (size_t)dims->d * sizeof *x, index, n, x);
-    size_t bytes = (size_t)(n * dims->vocab) * sizeof *logits;
-    float *made = ops->host_memory ? logits : LR_STEP_TENSOR(session, float, n * dims->vocab);
-    lr_step_logits(engine, x, n, normed, made);
-    return ops->host_memory ? LR_OK : ops->memory.download(&engine->exec, logits, made, bytes, err);
-}
-
 enum lr_status lr_forks_extend(struct lr_session *session,
                                const struct lr_fork_input *inputs,
                                int64_t n_inputs,
-                               float *logits,
-                               lr_logits_sink *sink,
-                               void *sink_context,
+                               const struct lr_fork_output *output,
                                struct lr_error *err)
 {
-    const struct lr_engine *engine = session->engine;
     if (n_inputs == 0)
         return LR_OK;
-    if (n_inputs < 0 || n_inputs > session->max_rows || (sink && n_inputs > 1))
+    if (n_inputs < 0 || n_inputs > session->max_rows || (output && output->sink && n_inputs > 1))
         return lr_fail(err, LR_INVALID, "%lld forks in one call", (long long)n_inputs);
     LR_TRY(check_inputs(session, inputs, n_inputs, err));
     enum lr_status status = LR_OK;
-    struct extension extension = {.session = session, .n = n_inputs, .sink = sink, .sink_context = sink_context};
+    struct extension extension = {.session = session, .n = n_inputs};
+    if (output)
+        extension.output = *output;
     int64_t most = 0;
     for (int64_t i = 0; i < n_inputs; i++)
         most = lr_max_i64(most, inputs[i].n_ids);
@@ -270,11 +309,10 @@ enum lr_status lr_forks_extend(struct lr_session *session,
         goto free_extension;
     }
     for (int64_t i = 0; i < n_inputs; i++)
-        extension.entries[i] = (struct entry){.input = &inputs[i], .source = i};
+        extension.entries[i] =
+            (struct entry){.input = &inputs[i], .source = i, .end = inputs[i].fork->position + inputs[i].n_ids};
     qsort(extension.entries, (size_t)n_inputs, sizeof *extension.entries, more_tokens_first);
     status = run_extension(&extension, slice_first, err);
-    if (status == LR_OK && logits && engine->comm->rank == 0)
-        status = last_logits(&extension, logits, err);
 free_extension:
     free(slice_first);
     free(extension.entries);

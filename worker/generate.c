@@ -14,10 +14,10 @@ struct group {
     struct lr_fork **forks;
     struct lr_fork_input *inputs; /* [n] of the questions still running */
     int64_t *running;             /* [n] their indices */
-    int32_t *tokens;              /* [n] next token of each running question; -1: it ended */
-    float *logits;                /* [n, vocab], worker 0 */
-    int32_t *scratch;
+    int32_t *tokens;              /* [n] next token of each running question, or one of the two: */
 };
+
+enum { ENDED = -1, FAILED = -2 };
 
 static int is_eos(const struct lr_generation *generation, int32_t token)
 {
@@ -27,39 +27,57 @@ static int is_eos(const struct lr_generation *generation, int32_t token)
     return 0;
 }
 
-/* Worker 0: takes the next token of a running question; returns it, or -1 when the answer ends with
- * it. */
+/* Worker 0: takes the token that was chosen for a running question; ENDED when the answer ends with it. */
 static int32_t take_token(struct group *group, int64_t slot, int64_t first_question)
 {
     const struct lr_generation *generation = group->generation;
     int64_t index = group->running[slot];
     struct lr_answer *answer = &group->answers[index];
-    int64_t vocab = group->session->engine->model.dims.vocab;
-    int32_t token = lr_sample(&generation->sampling, group->logits + slot * vocab, vocab,
-                              lr_fork_position(group->forks[index]), group->scratch);
+    int32_t token = group->tokens[slot];
     answer->n_generated++;
     if (is_eos(generation, token)) {
         answer->finished = 1;
-        return -1;
+        return ENDED;
     }
     answer->ids[answer->n_ids++] = token;
     if (generation->stop && generation->stop(generation->stop_context, first_question + index, answer))
         answer->finished = 1;
-    return answer->finished || answer->n_generated >= generation->max_new_tokens ? -1 : token;
+    return answer->finished || answer->n_generated >= generation->max_new_tokens ? ENDED : token;
+}
+
+/* Worker 0 takes all chosen tokens and tells the others, FAILED first where one could not be chosen. */
+static enum lr_status share_tokens(struct group *group, int64_t n_running, int64_t first_question, struct lr_error *err)
+{
+    const struct lr_engine *engine = group->session->engine;
+    enum lr_status mine = LR_OK;
+    for (int64_t i = 0; engine->comm->rank == 0 && mine == LR_OK && i < n_running; i++) {
+        if (group->tokens[i] < 0)
+            mine = lr_fail_logits(engine, lr_fork_position(group->forks[group->running[i]]) - 1, err);
+        else
+            group->tokens[i] = take_token(group, i, first_question);
+    }
+    if (mine != LR_OK)
+        group->tokens[0] = FAILED;
+    LR_TRY(lr_comm_broadcast(engine->comm, "next tokens", 0, group->tokens, (size_t)n_running * sizeof *group->tokens,
+                             err));
+    return group->tokens[0] == FAILED ? lr_agree(engine->comm, mine, err) : LR_OK;
+}
+
+static enum lr_status extend(struct group *group, int64_t n_running, struct lr_error *err)
+{
+    const struct lr_fork_output output = {.next = group->tokens, .sampling = &group->generation->sampling};
+    return lr_forks_extend(group->session, group->inputs, n_running,
+                           group->generation->max_new_tokens > 0 ? &output : NULL, err);
 }
 
 static enum lr_status decode(struct group *group, int64_t first_question, struct lr_error *err)
 {
-    struct lr_comm *comm = group->session->engine->comm;
     int64_t n_running = group->n, tokens_done = 0;
     while (n_running > 0) {
-        for (int64_t i = 0; comm->rank == 0 && i < n_running; i++)
-            group->tokens[i] = take_token(group, i, first_question);
-        LR_TRY(
-            lr_comm_broadcast(comm, "next tokens", 0, group->tokens, (size_t)n_running * sizeof *group->tokens, err));
+        LR_TRY(share_tokens(group, n_running, first_question, err));
         int64_t kept = 0;
         for (int64_t i = 0; i < n_running; i++) {
-            if (group->tokens[i] < 0)
+            if (group->tokens[i] == ENDED)
                 continue;
             group->running[kept] = group->running[i];
             group->tokens[kept] = group->tokens[i];
@@ -69,10 +87,10 @@ static enum lr_status decode(struct group *group, int64_t first_question, struct
         }
         tokens_done += n_running;
         n_running = kept;
-        if (comm->rank == 0 && group->generation->on_step)
+        if (group->session->engine->comm->rank == 0 && group->generation->on_step)
             group->generation->on_step(group->generation->step_context, first_question + group->n - n_running,
                                        tokens_done);
-        LR_TRY(lr_forks_extend(group->session, group->inputs, n_running, group->logits, NULL, NULL, err));
+        LR_TRY(extend(group, n_running, err));
     }
     return LR_OK;
 }
@@ -87,23 +105,20 @@ static enum lr_status ask(struct group *group, int64_t first_question, struct lr
         group->answers[i].n_ids = group->answers[i].n_generated = 0;
         group->answers[i].finished = 0;
     }
-    LR_TRY(lr_forks_extend(group->session, group->inputs, group->n, group->logits, NULL, NULL, err));
+    LR_TRY(extend(group, group->n, err));
     return group->generation->max_new_tokens > 0 ? decode(group, first_question, err) : LR_OK;
 }
 
 static enum lr_status ask_group(struct group *group, int64_t first_question, struct lr_error *err)
 {
     const struct lr_engine *engine = group->session->engine;
-    size_t n = (size_t)group->n, vocab = (size_t)engine->model.dims.vocab;
+    size_t n = (size_t)group->n;
     enum lr_status status = LR_OK;
     group->forks = calloc(n, sizeof(struct lr_fork *));
     group->inputs = calloc(n, sizeof *group->inputs);
     group->running = calloc(n, sizeof *group->running);
     group->tokens = calloc(n, sizeof *group->tokens);
-    group->scratch = calloc(vocab, sizeof *group->scratch);
-    group->logits = engine->comm->rank == 0 ? calloc(n * vocab, sizeof *group->logits) : NULL;
-    if (!group->forks || !group->inputs || !group->running || !group->tokens || !group->scratch ||
-        (engine->comm->rank == 0 && !group->logits))
+    if (!group->forks || !group->inputs || !group->running || !group->tokens)
         status = lr_fail(err, LR_NO_MEMORY, "no memory for %lld questions", (long long)group->n);
     status = lr_agree(engine->comm, status, err);
     if (status == LR_OK)
@@ -111,8 +126,6 @@ static enum lr_status ask_group(struct group *group, int64_t first_question, str
     for (size_t i = 0; group->forks && i < n; i++)
         if (group->forks[i])
             lr_fork_release(group->forks[i]);
-    free(group->logits);
-    free(group->scratch);
     free(group->tokens);
     free(group->running);
     free(group->inputs);

@@ -2,7 +2,6 @@
 #ifndef LR_WORKER_GENERATE_H
 #define LR_WORKER_GENERATE_H
 
-#include "worker/sample.h"
 #include "worker/session.h"
 
 struct lr_question {

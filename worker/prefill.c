@@ -1,6 +1,7 @@
 /* Waves: the document goes through all layers, one segment per worker at a time. */
 #include "worker/session_impl.h"
 
+#include <math.h>
 #include <string.h>
 
 /* Rows of logits that travel to worker 0 at once. */
@@ -98,6 +99,32 @@ void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, lr
     engine->ops->gemm(&engine->exec, &head);
 }
 
+enum lr_status lr_fail_logits(const struct lr_engine *engine, int64_t position, struct lr_error *err)
+{
+    return lr_fail(err, LR_CORRUPT, "the logits of position %lld hold NaN or infinity%s", (long long)position,
+                   engine->ops->act_dtype == LR_F16
+                       ? ": activations exceeded float16's range: use --act-dtype bf16"
+                       : "");
+}
+
+enum lr_status lr_sink_logits(const struct lr_engine *engine,
+                              lr_logits_sink *sink,
+                              void *context,
+                              int64_t position,
+                              const float *logits,
+                              struct lr_error *err)
+{
+    float largest = -INFINITY;
+    int n_bad = 0;
+    for (int64_t i = 0; i < engine->model.dims.vocab; i++) {
+        n_bad += isnan(logits[i]) != 0;
+        largest = logits[i] > largest ? logits[i] : largest;
+    }
+    if (n_bad > 0 || isinf(largest))
+        return lr_fail_logits(engine, position, err);
+    return sink(context, position, logits, err);
+}
+
 /* ---- logits of document positions
  * --------------------------------------------------------------------------------- */
 
@@ -149,8 +176,8 @@ send_logits(struct lr_step *step, int owner, const int64_t *rows, int64_t n, int
     if (rank == 0)
         status = lr_step_view(session, logits, bytes, &view, err);
     for (int64_t i = 0; rank == 0 && i < n && status == LR_OK; i++)
-        status = session->hooks.on_logits(session->hooks.logits_context, start + rows[i],
-                                          (const float *)view + i * dims->vocab, err);
+        status = lr_sink_logits(engine, session->hooks.on_logits, session->hooks.logits_context, start + rows[i],
+                                (const float *)view + i * dims->vocab, err);
     lr_step_rewind(session, mark);
     return status;
 }

@@ -1,6 +1,8 @@
 #include "worker/session.h"
 
 #include "base/log.h"
+#include "base/memory.h"
+#include "worker/kv_tier.h"
 #include "worker/plan.h"
 #include "worker/session_impl.h"
 
@@ -39,22 +41,51 @@ static double gib(size_t bytes)
     return (double)bytes / (double)(1u << 30);
 }
 
-enum lr_status
-lr_session_check_memory(const struct lr_engine *engine, const struct lr_session_options *options, struct lr_error *err)
+/* Whether the plan fits: the backend's memory, and the host's behind it. */
+static enum lr_status check_plan(const struct lr_engine *engine,
+                                 const struct lr_session_options *options,
+                                 size_t available,
+                                 struct lr_error *err)
 {
+    const struct lr_memory_ops *memory = &engine->ops->memory;
     struct lr_memory_plan plan;
     lr_session_plan(&engine->model.dims, engine->ops, 0, engine->comm->size, engine->experts_replicated, options,
                     &plan);
-    size_t available = engine->ops->memory.available() / (size_t)engine->workers_on_device;
-    enum lr_status status = LR_OK;
     if (plan.total_bytes > available)
-        status = lr_fail(err, LR_NO_MEMORY,
-                         "%lld tokens on %d workers need %.2f GiB a worker (KV %.2f, states %.2f, "
-                         "forks %.2f, workspace %.2f) and %.2f GiB are free; use more workers, "
-                         "--kv-dtype bf16, fewer questions at once or a shorter document",
-                         (long long)options->max_tokens, engine->comm->size, gib(plan.total_bytes), gib(plan.kv_bytes),
-                         gib(plan.state_bytes), gib(plan.fork_bytes), gib(plan.workspace_bytes), gib(available));
-    return lr_agree(engine->comm, status, err);
+        return lr_fail(err, LR_NO_MEMORY,
+                       "%lld tokens on %d workers need %.2f GiB a worker (KV %.2f, states %.2f, "
+                       "forks %.2f, workspace %.2f) and %.2f GiB are free; use more workers, "
+                       "--kv-dtype bf16, fewer questions at once or a shorter document",
+                       (long long)options->max_tokens, engine->comm->size, gib(plan.total_bytes), gib(plan.kv_bytes),
+                       gib(plan.state_bytes), gib(plan.fork_bytes), gib(plan.workspace_bytes), gib(available));
+    int sharing = engine->comm->host_workers > 0 ? engine->comm->host_workers : 1;
+    size_t free_bytes = memory->available_host() / (size_t)sharing;
+    size_t host =
+        options->kv_host_bytes > 0 && options->kv_host_bytes < free_bytes ? options->kv_host_bytes : free_bytes;
+    if (plan.kv_host_bytes > host)
+        return lr_fail(
+            err, LR_NO_MEMORY,
+            "%lld tokens on %d workers have %.2f GiB of keys and values a worker that the backend's memory does "
+            "not hold, and %.2f GiB of host memory may be used for them; use more workers, --kv-dtype bf16, a "
+            "larger --kv-host-memory or a shorter document",
+            (long long)options->max_tokens, engine->comm->size, gib(plan.kv_host_bytes), gib(host));
+    return LR_OK;
+}
+
+enum lr_status lr_session_fit(const struct lr_engine *engine, struct lr_session_options *options, struct lr_error *err)
+{
+    /* modules, transfer buffers and the like still come after the plan */
+    const size_t spare_bytes = engine->ops->host_memory ? 0 : (size_t)256 << 20;
+    size_t available = engine->ops->memory.available() / (size_t)engine->workers_on_device;
+    size_t usable = available > spare_bytes ? available - spare_bytes : 0;
+    LR_TRY(lr_agree(engine->comm,
+                    lr_session_divide(&engine->model.dims, engine->ops, engine->comm->size, engine->experts_replicated,
+                                      usable, !engine->ops->host_memory, options, err),
+                    err));
+    float host_slabs = (float)options->host_slabs; /* at most 2^24: exact */
+    LR_TRY(lr_comm_max_f32(engine->comm, "slabs in host memory", &host_slabs, 1, err));
+    options->host_slabs = (int64_t)host_slabs;
+    return lr_agree(engine->comm, check_plan(engine, options, available, err), err);
 }
 
 /* An arena over backend memory of exactly that size. */
@@ -79,12 +110,18 @@ static enum lr_status reserve(struct lr_session *session, struct lr_error *err)
     const struct lr_engine *engine = session->engine;
     const struct lr_model_dims *dims = &engine->model.dims;
     const struct lr_session_options *o = &session->options;
-    size_t kv = (size_t)(dims->n_attention_layers * session->local_blocks) * session->block_bytes;
+    size_t in_host = lr_plan_kv_host_bytes(dims, engine->ops, o, engine->comm->size);
     struct lr_step_bytes step =
         lr_plan_step_bytes(dims, engine->ops, engine->comm->size, engine->experts_replicated, o);
     LR_TRY(lr_arena_reserve(&session->host, lr_plan_host_bytes(o, engine->comm->size), err));
     LR_TRY(lr_arena_reserve(&session->tables, step.tables, err));
-    LR_TRY(reserve_backend(engine, &session->kv_memory, kv, err));
+    LR_TRY(
+        reserve_backend(engine, &session->kv_memory, lr_plan_kv_bytes(dims, engine->ops, o, engine->comm->size), err));
+    if (in_host > 0) {
+        void *base;
+        LR_TRY(engine->ops->memory.reserve_host(in_host, &base, err));
+        session->kv_host = lr_arena_over(base, in_host);
+    }
     LR_TRY(reserve_backend(engine, &session->memory,
                            lr_plan_state_bytes(dims, engine->ops, o, engine->comm->size) +
                                lr_plan_fork_bytes(dims, engine->ops, o, engine->comm->size),
@@ -112,6 +149,27 @@ static void carve_forks(struct lr_session *session)
     }
 }
 
+static void carve_tier(struct lr_session *session)
+{
+    const struct lr_model_dims *dims = &session->engine->model.dims;
+    const struct lr_session_options *o = &session->options;
+    int n_workers = session->engine->comm->size;
+    struct lr_kv_tier *tier = &session->tier;
+    size_t layers = (size_t)dims->n_attention_layers, block = session->block_bytes;
+    tier->slab_blocks = lr_plan_slab_blocks(o);
+    tier->slot_blocks = lr_plan_slot_blocks(dims, o);
+    tier->resident_slabs = lr_plan_slabs(o, n_workers) - o->host_slabs;
+    tier->resident_blocks = lr_plan_resident_blocks(o, n_workers);
+    size_t in_host = (size_t)(session->local_blocks - tier->resident_blocks);
+    tier->device = lr_arena_alloc(&session->kv_memory, layers * (size_t)tier->resident_blocks, block);
+    if (o->host_slabs == 0)
+        return;
+    tier->host = lr_arena_alloc(&session->kv_host, layers * in_host, block);
+    tier->stage = lr_arena_alloc(&session->kv_memory, (size_t)tier->slab_blocks, block);
+    for (int i = 0; i < LR_KV_SLOTS; i++)
+        tier->slots[i] = lr_arena_alloc(&session->kv_memory, (size_t)tier->slot_blocks, block);
+}
+
 static void carve(struct lr_session *session)
 {
     const struct lr_engine *engine = session->engine;
@@ -130,17 +188,20 @@ static void carve(struct lr_session *session)
         session->page_min = lr_arena_alloc(arena, summary * (size_t)session->local_blocks, sizeof(float));
         session->page_max = lr_arena_alloc(arena, summary * (size_t)session->local_blocks, sizeof(float));
     }
+    carve_tier(session);
     carve_forks(session);
 }
 
 enum lr_status lr_session_open(struct lr_engine *engine,
-                               const struct lr_session_options *options,
+                               const struct lr_session_options *wanted,
                                const struct lr_session_hooks *hooks,
                                struct lr_session **out,
                                struct lr_error *err)
 {
+    struct lr_session_options divided = *wanted, *options = &divided;
     LR_TRY(check_options(engine, options, err));
-    LR_TRY(lr_session_check_memory(engine, options, err));
+    size_t available = engine->ops->memory.available();
+    LR_TRY(lr_session_fit(engine, options, err));
     struct lr_session *session = calloc(1, sizeof *session);
     enum lr_status status = LR_OK;
     if (!session)
@@ -148,6 +209,9 @@ enum lr_status lr_session_open(struct lr_engine *engine,
     if (status == LR_OK) {
         session->engine = engine;
         session->options = *options;
+        session->available_bytes = available;
+        lr_session_plan(&engine->model.dims, engine->ops, 0, engine->comm->size, engine->experts_replicated, options,
+                        &session->plan);
         session->hooks = hooks ? *hooks : (struct lr_session_hooks){0};
         session->kv_shape = lr_plan_kv_shape(&engine->model.dims, options->kv_dtype);
         session->block_bytes = engine->ops->kv_block_bytes(session->kv_shape);
@@ -173,10 +237,39 @@ void lr_session_close(struct lr_session *session)
         return;
     release_backend(session->engine, &session->workspace);
     release_backend(session->engine, &session->memory);
+    if (session->kv_host.base)
+        session->engine->ops->memory.release_host(session->kv_host.base, session->kv_host.capacity_bytes);
     release_backend(session->engine, &session->kv_memory);
     lr_arena_release(&session->tables);
     lr_arena_release(&session->host);
     free(session);
+}
+
+/* How much of the backend's memory has gone for it. */
+static size_t taken_bytes(const struct lr_session *session)
+{
+    const struct lr_engine *engine = session->engine;
+    if (engine->ops->host_memory)
+        return lr_memory_resident(session->kv_memory.base, session->kv_memory.capacity_bytes) +
+               lr_memory_resident(session->memory.base, session->memory.capacity_bytes) +
+               lr_memory_resident(session->workspace.base, session->workspace.capacity_bytes);
+    size_t now = engine->ops->memory.available();
+    return now < session->available_bytes ? (session->available_bytes - now) / (size_t)engine->workers_on_device : 0;
+}
+
+void lr_session_memory(const struct lr_session *session, struct lr_memory_use *use)
+{
+    const struct lr_memory_plan *plan = &session->plan;
+    *use = (struct lr_memory_use){.planned_bytes =
+                                      plan->kv_bytes + plan->state_bytes + plan->fork_bytes + plan->workspace_bytes,
+                                  .reserved_bytes = session->kv_memory.capacity_bytes + session->memory.capacity_bytes +
+                                                    session->workspace.capacity_bytes,
+                                  .taken_bytes = taken_bytes(session),
+                                  .kv_bytes = plan->kv_bytes,
+                                  .host_planned_bytes = plan->kv_host_bytes,
+                                  .host_reserved_bytes = session->kv_host.capacity_bytes,
+                                  .slabs = plan->slabs,
+                                  .host_slabs = plan->host_slabs};
 }
 
 /* ---- the document
@@ -241,6 +334,7 @@ static enum lr_status share_edge(struct lr_session *session, struct lr_error *er
     int64_t block = session->n_tokens / BLOCK;
     if (session->n_tokens % BLOCK == 0)
         return LR_OK; /* the edge blocks stay zero */
+    lr_kv_settle(session);
     int owner = lr_session_block_owner(session, block);
     for (int64_t i = 0; i < engine->model.dims.n_attention_layers; i++) {
         char *edge = session->edge_blocks + (size_t)i * session->block_bytes;

@@ -71,6 +71,29 @@ struct lr_fork {
     char *kv;         /* [n_attention_layers][fork_blocks] blocks; NULL on other workers */
 };
 
+enum { LR_KV_SLOTS = 2 };
+
+/* A slab of the host's on its way to a slot, or in it. */
+struct lr_kv_visit {
+    int64_t layer, slab;
+    int slot;
+};
+
+/* Where the document's keys and values are; see kv_tier.h. */
+struct lr_kv_tier {
+    int64_t slab_blocks;      /* of a full slab */
+    int64_t resident_slabs;   /* of each layer, at home on the device */
+    int64_t resident_blocks;  /* the same in blocks */
+    char *device;             /* [layer][resident_blocks] */
+    char *host;               /* [layer][local_blocks - resident_blocks]; NULL: all are resident */
+    char *stage;              /* [slab_blocks] */
+    char *slots[LR_KV_SLOTS]; /* [slot_blocks] each */
+    int64_t slot_blocks;
+    struct lr_kv_visit visits[LR_KV_SLOTS]; /* [n_visits] in their order; the first is being read, or is next */
+    int n_visits, next_slot, gathered, entered;
+    int64_t walk_end; /* slabs up to which the present walk goes */
+};
+
 struct lr_session {
     struct lr_engine *engine;
     struct lr_session_options options;
@@ -84,12 +107,17 @@ struct lr_session {
     int64_t n_held;
     int64_t next_logit; /* index into hooks.positions */
 
+    struct lr_memory_plan plan;
+    size_t available_bytes; /* of the backend's memory before anything was reserved */
+
     struct lr_arena host;      /* host memory that lives as long as the session: held, forks */
     struct lr_arena memory;    /* backend memory that does: states, tails, forks' keys and values */
-    struct lr_arena kv_memory; /* KV blocks of the document; backend memory */
+    struct lr_arena kv_memory; /* KV blocks of the document, stage and slots; backend memory */
+    struct lr_arena kv_host;   /* those blocks of the document that the backend's memory does not hold; host memory */
     struct lr_arena workspace; /* one step's tensors; backend memory */
     struct lr_arena tables;    /* one step's lists and counts; host memory */
 
+    struct lr_kv_tier tier;     /* the document's blocks in kv_memory and kv_host */
     float *states;              /* [n_delta_layers] states: before sealing valid on worker 0, then everywhere */
     lr_act *tails;              /* [n_delta_layers] convolution tails, everywhere */
     float *last_rows;           /* [max_rows, d] residual rows of the forks' last tokens */
@@ -134,13 +162,33 @@ static inline lr_act *lr_act_at(const struct lr_kernel_ops *ops, const lr_act *b
     return (char *)base + index * (int64_t)lr_act_bytes(ops);
 }
 
-/* The document's block `block` (absolute number), which must live on this worker. */
-static inline char *lr_session_block(const struct lr_session *session, int64_t layer, int64_t block)
+/* Number among this worker's blocks of the document's block `block` (absolute number), which must be its own. */
+static inline int64_t lr_session_local(const struct lr_session *session, int64_t block)
 {
     int64_t per_segment = session->options.segment_tokens / LR_KV_BLOCK_TOKENS;
     int64_t segment = block / per_segment;
-    int64_t local = segment / session->engine->comm->size * per_segment + block % per_segment;
-    return session->kv_memory.base + (size_t)(layer * session->local_blocks + local) * session->block_bytes;
+    return segment / session->engine->comm->size * per_segment + block % per_segment;
+}
+
+/* The home of a block: on the device, or in host memory behind it. */
+static inline char *lr_session_local_block(const struct lr_session *session, int64_t layer, int64_t local)
+{
+    const struct lr_kv_tier *tier = &session->tier;
+    if (local < tier->resident_blocks)
+        return tier->device + (size_t)(layer * tier->resident_blocks + local) * session->block_bytes;
+    int64_t in_host = session->local_blocks - tier->resident_blocks;
+    return tier->host + (size_t)(layer * in_host + local - tier->resident_blocks) * session->block_bytes;
+}
+
+static inline char *lr_session_block(const struct lr_session *session, int64_t layer, int64_t block)
+{
+    return lr_session_local_block(session, layer, lr_session_local(session, block));
+}
+
+/* 1: its home is in host memory, where kernels do not read it. */
+static inline int lr_session_block_is_away(const struct lr_session *session, int64_t block)
+{
+    return lr_session_local(session, block) >= session->tier.resident_blocks;
 }
 
 /* Worker that owns a block of the document. */
@@ -261,5 +309,13 @@ LR_MUST_USE enum lr_status lr_step_begin(struct lr_step *step, const int32_t *id
 
 /* logits [n_rows, vocab] = head(norm(x)). `normed` is scratch [n_rows, d]. Local. */
 void lr_step_logits(struct lr_engine *engine, const float *x, int64_t n_rows, lr_act *normed, float *logits);
+
+/* Passes one position's logits (host) to a sink, if they are numbers. */
+LR_MUST_USE enum lr_status lr_sink_logits(const struct lr_engine *engine,
+                                          lr_logits_sink *sink,
+                                          void *context,
+                                          int64_t position,
+                                          const float *logits,
+                                          struct lr_error *err);
 
 #endif

@@ -52,11 +52,12 @@ compile()
         done
         gcc "${c[@]}" "$define" -c kernels/cuda/table.c -o "$objects/table_$type.o" &
     done
-    for file in base/status.c kernels/ref_*.c kernels/cpu/rope.c kernels/cuda/open.c; do
+    gcc "${c[@]}" -O3 -DLR_ISA_SUFFIX=c -DLR_SIMD_C -c kernels/cpu/sample.c -o "$objects/sample_c.o" &
+    for file in base/clock.c base/pool.c base/status.c kernels/ref_*.c kernels/cpu/rope.c kernels/cuda/open.c; do
         gcc "${c[@]}" -c "$file" -o "$objects/$(basename "$file").o" &
     done
     wait
-    for file in attention_packet backend memory tma; do # these know no activations
+    for file in attention_packet backend memory sample tma; do # these know no activations
         rm -f "$objects/${file}_f16.o"
     done
     ar rcs "$objects/liblr.a" "$objects"/*.o

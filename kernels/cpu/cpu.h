@@ -8,6 +8,7 @@
 enum lr_status lr_cpu_reserve(size_t size_bytes, void **out, struct lr_error *err);
 void lr_cpu_release(void *base, size_t size_bytes);
 size_t lr_cpu_available(void);
+void lr_cpu_mark(const struct lr_exec *exec, enum lr_lane lane, int mark);
 void lr_cpu_copy(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes);
 void lr_cpu_copy_rows(const struct lr_exec *exec, void *to, size_t to_stride, const void *from, size_t from_stride,
                       size_t row_bytes, int64_t n_rows);
@@ -53,7 +54,8 @@ void lr_cpu_rope_table(const struct lr_exec *exec, const int64_t *positions, int
     X(router)                                                                                                          \
     X(expert_sort)                                                                                                     \
     X(gather_rows)                                                                                                     \
-    X(moe_combine)
+    X(moe_combine)                                                                                                     \
+    X(sample)
 
 /* The prototypes of one instruction set: the types are those of the table's own slots. */
 #define LR_CPU_DECLARE(suffix)                                                                                         \
@@ -94,7 +96,8 @@ void lr_cpu_rope_table(const struct lr_exec *exec, const int64_t *positions, int
     void lr_expert_sort_##suffix(const struct lr_exec *exec, const struct lr_expert_sort_args *args);                  \
     void lr_gather_rows_##suffix(const struct lr_exec *exec, const void *x, size_t row_bytes, const int64_t *rows,     \
                                  int64_t n_rows, void *y);                                                             \
-    void lr_moe_combine_##suffix(const struct lr_exec *exec, const struct lr_moe_combine_args *args)
+    void lr_moe_combine_##suffix(const struct lr_exec *exec, const struct lr_moe_combine_args *args);                  \
+    void lr_sample_##suffix(const struct lr_exec *exec, const struct lr_sample_args *args)
 
 LR_CPU_DECLARE(v4);
 LR_CPU_DECLARE(v3);

@@ -1,4 +1,4 @@
-/* The CPU backend's memory is the host's: an arena's mapping, and plain copies. */
+/* The CPU backend's memory is the host's: an arena's mapping, and plain copies. So is the memory of reserve_host. */
 #include "base/arena.h"
 #include "base/memory.h"
 #include "kernels/cpu/cpu.h"
@@ -64,6 +64,14 @@ enum lr_status lr_cpu_wait(const struct lr_exec *exec, struct lr_error *err)
     (void)exec;
     (void)err;
     return LR_OK;
+}
+
+/* A call is done when it returns, so every lane stands where the caller does. */
+void lr_cpu_mark(const struct lr_exec *exec, enum lr_lane lane, int mark)
+{
+    (void)exec;
+    (void)lane;
+    (void)mark;
 }
 
 void lr_cpu_unit_begin(const struct lr_exec *exec)

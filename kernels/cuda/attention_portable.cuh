@@ -71,7 +71,7 @@ template <class shape> static __device__ __forceinline__ void fill_queue(tile_sh
             s.data[at] = static_cast<const uint8_t *>(ref.data) + head_offset + (ref.position % BLOCK + first) * ROW_BYTES;
         }
         next += REFS;
-        if (next < w.jump && w.refs[0].position + static_cast<int64_t>(next) * BLOCK >= w.sinks)
+        if (next < w.jump && w.start + static_cast<int64_t>(next) * BLOCK >= w.sinks)
             next = w.jump;
         if (__any_sync(0xffffffffu, there && ref.position > w.last_position))
             next = w.n_refs;

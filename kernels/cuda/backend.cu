@@ -26,10 +26,11 @@ constexpr int64_t SPIN_NS = 2000000; /* a wait polls without pause for so long, 
 constexpr int64_t DOZE_NS = 50000;
 
 struct backend {
-    int device, n_multiprocessors;
+    int device, n_multiprocessors, block_shared_bytes;
     int hopper_kernels; /* or the portable ones */
     char name[256];
-    cudaStream_t stream;
+    cudaStream_t stream, aside;
+    cudaEvent_t marks[LR_MARKS];
     char *pinned, *ring, *landing, *scratch;
     cudaEvent_t entered[N_PARTS]; /* recorded when the part was last entered */
     size_t filled;                /* bytes of the current part */
@@ -138,6 +139,7 @@ enum lr_status choose_device(struct backend *b, struct lr_error *err)
     LR_TRY(choose_kernels(b, properties, err));
     memcpy(b->name, properties.name, sizeof b->name - 1);
     b->n_multiprocessors = properties.multiProcessorCount;
+    b->block_shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin);
     CUDA_TRY(cudaSetDevice(b->device), "start it");
     return LR_OK;
 }
@@ -145,6 +147,9 @@ enum lr_status choose_device(struct backend *b, struct lr_error *err)
 enum lr_status open_resources(struct backend *b, struct lr_error *err)
 {
     CUDA_TRY(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), "make a stream");
+    CUDA_TRY(cudaStreamCreateWithFlags(&b->aside, cudaStreamNonBlocking), "make a stream");
+    for (int i = 0; i < LR_MARKS; i++)
+        CUDA_TRY(cudaEventCreateWithFlags(&b->marks[i], cudaEventDisableTiming), "make an event");
     CUDA_TRY(cudaMallocHost(reinterpret_cast<void **>(&b->pinned), LR_CUDA_RING_BYTES), "pin 64 MiB of host memory");
     CUDA_TRY(cudaMallocHost(reinterpret_cast<void **>(&b->landing), LR_CUDA_LANDING_BYTES), "pin 8 MiB of host memory");
     CUDA_TRY(cudaMalloc(reinterpret_cast<void **>(&b->ring), LR_CUDA_RING_BYTES), "reserve 64 MiB");
@@ -165,10 +170,15 @@ void close_resources(struct backend *b)
     for (int i = 0; i < N_PARTS; i++)
         if (b->entered[i] != nullptr)
             cudaEventDestroy(b->entered[i]);
+    for (int i = 0; i < LR_MARKS; i++)
+        if (b->marks[i] != nullptr)
+            cudaEventDestroy(b->marks[i]);
     cudaFree(b->scratch);
     cudaFree(b->ring);
     cudaFreeHost(b->landing);
     cudaFreeHost(b->pinned);
+    if (b->aside != nullptr)
+        cudaStreamDestroy(b->aside);
     if (b->stream != nullptr)
         cudaStreamDestroy(b->stream);
     (void)cudaGetLastError();
@@ -210,6 +220,7 @@ void lr_cuda_device_close(struct lr_exec *exec)
     if (exec->backend == nullptr)
         return;
     (void)cudaStreamSynchronize(of(exec)->stream);
+    (void)cudaStreamSynchronize(of(exec)->aside);
     close_resources(of(exec));
     exec->backend = nullptr;
     exec->stream = nullptr;
@@ -301,6 +312,23 @@ const void *lr_cuda_upload(const struct lr_exec *exec, const void *host, size_t 
     return space.device;
 }
 
+void *lr_cuda_lane(const struct lr_exec *exec, enum lr_lane lane)
+{
+    return lane == LR_LANE_ASIDE ? of(exec)->aside : of(exec)->stream;
+}
+
+void lr_cuda_mark(const struct lr_exec *exec, enum lr_lane lane, int mark)
+{
+    const cudaStream_t stream = static_cast<cudaStream_t>(lr_cuda_lane(exec, lane));
+    lr_cuda_note(exec, cudaEventRecord(of(exec)->marks[mark], stream), "mark");
+}
+
+void lr_cuda_await(const struct lr_exec *exec, enum lr_lane lane, int mark)
+{
+    const cudaStream_t stream = static_cast<cudaStream_t>(lr_cuda_lane(exec, lane));
+    lr_cuda_note(exec, cudaStreamWaitEvent(stream, of(exec)->marks[mark], 0), "await");
+}
+
 void *lr_cuda_landing(const struct lr_exec *exec)
 {
     return of(exec)->landing;
@@ -319,6 +347,11 @@ int lr_cuda_multiprocessors(const struct lr_exec *exec)
 void lr_cuda_pretend_multiprocessors(struct lr_exec *exec, int n)
 {
     of(exec)->n_multiprocessors = n;
+}
+
+int lr_cuda_block_shared_bytes(const struct lr_exec *exec)
+{
+    return of(exec)->block_shared_bytes;
 }
 
 int lr_cuda_hopper_kernels(const struct lr_exec *exec)

@@ -36,14 +36,18 @@ void lr_cuda_note(const struct lr_exec *exec, int error, const char *slot);
 /* The number of multiprocessors of the device. */
 int lr_cuda_multiprocessors(const struct lr_exec *exec);
 
+/* The most shared memory that a block of threads may have: 99 KiB on sm_86, 163 on sm_80, 227 on sm_90. */
+int lr_cuda_block_shared_bytes(const struct lr_exec *exec);
+
 /* Whether a slot that has two sets of kernels launches those of sm_90a (wgmma, the copy engine) or the portable ones
  * (mma.sync). Of the device: 1 on compute capability 9.0, 0 on every other; LR_CUDA_KERNELS=mma makes it 0. */
 int lr_cuda_hopper_kernels(const struct lr_exec *exec);
 
 void lr_cuda_unit_begin(const struct lr_exec *exec);
 enum lr_status lr_cuda_unit_end(const struct lr_exec *exec, struct lr_error *err);
+void lr_cuda_sample(const struct lr_exec *exec, const struct lr_sample_args *args);
 
-/* Every slot of the table but the memory's, each in the file named after what it computes. */
+/* The slots of the table that see activations, each in the file named after what it computes. */
 size_t LR_CUDA(weight_bytes)(int64_t n, int64_t k, enum lr_dtype dtype);
 void LR_CUDA(weight_pack)(struct lr_weight *w, int64_t row, int64_t n_rows, const void *rows);
 void LR_CUDA(gemm)(const struct lr_exec *exec, const struct lr_gemm_args *args);

@@ -36,6 +36,11 @@ struct lr_cuda_space lr_cuda_ring_take(const struct lr_exec *exec, size_t size_b
 /* Polls until the stream has run dry, calling `idle`. Reports what failed since the last call. */
 LR_MUST_USE enum lr_status lr_cuda_drain(const struct lr_exec *exec, struct lr_error *err);
 
+/* The stream of a lane, a cudaStream_t; and the table's marks: an event each. */
+void *lr_cuda_lane(const struct lr_exec *exec, enum lr_lane lane);
+void lr_cuda_mark(const struct lr_exec *exec, enum lr_lane lane, int mark);
+void lr_cuda_await(const struct lr_exec *exec, enum lr_lane lane, int mark);
+
 /* Two halves of pinned memory for downloads. */
 enum { LR_CUDA_LANDING_BYTES = 8 << 20 };
 void *lr_cuda_landing(const struct lr_exec *exec);

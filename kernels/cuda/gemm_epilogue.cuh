@@ -194,16 +194,16 @@ static __device__ __forceinline__ void store_rows(const product_output &o, const
         store_pieces<N>(o, sum, row, n_rows, first_column);
 }
 
-/* Asks for ROWS x N floats of y that 128 threads will add to, long before they do: from device memory they would come
- * too late. */
-template <int ROWS, int N>
+/* Asks for ROWS x N floats of y that THREADS threads will add to, long before they do: from device memory they would
+ * come too late. */
+template <int ROWS, int N, int THREADS>
 static __device__ __forceinline__ void prefetch_rows(const product_output &o, int64_t row, int n_rows, int first_column)
 {
     constexpr int LINE = 32; /* floats of 128 bytes */
-    const int thread = threadIdx.x % 128;
 #pragma unroll
-    for (int i = 0; i < ROWS * N / LINE / 128; i++) {
-        const int r = (thread + 128 * i) / (N / LINE), column = first_column + (thread + 128 * i) % (N / LINE) * LINE;
+    for (int i = 0; i < ROWS * N / LINE / THREADS; i++) {
+        const int at = threadIdx.x % THREADS + THREADS * i;
+        const int r = at / (N / LINE), column = first_column + at % (N / LINE) * LINE;
         const float *y = static_cast<const float *>(o.y) + (row + r) * o.y_stride + column;
         if (r < n_rows && column < o.n_columns)
             asm volatile("prefetch.global.L2 [%0];" ::"l"(y) : "memory");

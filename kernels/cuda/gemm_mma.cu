@@ -7,7 +7,7 @@
  *                 --ldmatrix--> fragments, one step of 16 ahead --mma--> sums [WARP_ROWS x WARP_COLUMNS] of each warp
  *
  * All the threads of a block copy, N_STAGES - 1 stages ahead and on into the next tile, so that the ring is full when a
- * tile begins. Two blocks share a multiprocessor: while one is in its epilogue the other has the tensor cores.
+ * tile begins.
  *
  * Every output element is one chain of mma steps over ascending k in every instance of the kernel, so a row's bits
  * depend neither on the number of rows nor on the tile that it falls into. */
@@ -19,22 +19,23 @@
 namespace lr::LR_CUDA_ACT
 {
 
-constexpr int TILE_K = 32; /* columns of a stage */
+constexpr int TILE_K = 64; /* columns of a stage: one swizzled block */
 constexpr int K_STEPS = TILE_K / 16;
 constexpr int PIECES = TILE_K / 8; /* of 16 bytes in a row of a stage */
 
 /* An instance: tiles of ROWS x COLUMNS, cut among WARPS_DOWN x WARPS_ACROSS warps. */
 template <int ROWS_, int COLUMNS_, int WARPS_DOWN, int WARPS_ACROSS_, int N_STAGES_, int BLOCKS_> struct mma_shape {
     static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, WARPS_ACROSS = WARPS_ACROSS_, N_STAGES = N_STAGES_;
-    static constexpr int BLOCKS = BLOCKS_; /* that share a multiprocessor */
+    static constexpr int BLOCKS = BLOCKS_; /* that share a multiprocessor, where it has the memory */
     static constexpr int THREADS = 32 * WARPS_DOWN * WARPS_ACROSS;
     static constexpr int WARP_ROWS = ROWS / WARPS_DOWN, WARP_COLUMNS = COLUMNS / WARPS_ACROSS;
     static constexpr int COPY_ROWS = THREADS / PIECES; /* that the block copies at a time */
     static constexpr int A_BYTES = ROWS * TILE_K * 2, STAGE_BYTES = A_BYTES + COLUMNS * TILE_K * 2;
 };
 
-typedef mma_shape<128, 128, 2, 2, 4, 2> large_shape;
-typedef mma_shape<64, 64, 4, 1, 4, 4> small_shape;
+typedef mma_shape<128, 256, 2, 4, 3, 1> large_shape;  /* 144 KiB of shared memory: sm_80, sm_90, sm_100 */
+typedef mma_shape<128, 128, 2, 2, 3, 2> medium_shape; /* 96 KiB: every device */
+typedef mma_shape<64, 64, 4, 1, 5, 2> small_shape;    /* 80 KiB and a list of LR_MAX_EXPERTS: every device */
 
 /* Columns of y that a tile covers. */
 template <class SHAPE, output_kind OUTPUT>
@@ -46,12 +47,6 @@ struct mma_params {
     product_output output;
     int n_steps; /* of TILE_K along k */
 };
-
-/* Byte offset of a 16-byte piece of a stage's row: eight rows of one piece meet all the banks. */
-static __device__ __forceinline__ uint32_t stage_offset(uint32_t row, uint32_t piece)
-{
-    return TILE_K == 64 ? swizzled(row, piece) : row * 64u + ((piece ^ (row >> 1 & 3u)) << 4);
-}
 
 /* The copying side: what a thread copies next. It has one piece of every COPY_ROWS-th row. */
 template <class SHAPE, output_kind OUTPUT> struct feeder {
@@ -93,7 +88,7 @@ template <class SHAPE, output_kind OUTPUT> struct feeder {
         if (more) {
             const int k = step * TILE_K, piece = static_cast<int>(threadIdx.x) % PIECES;
             const int n_bytes = max(min((static_cast<int>(p.a.columns) - k - 8 * piece) * 2, 16), 0);
-            const uint32_t to = stages + stage * SHAPE::STAGE_BYTES + stage_offset(threadIdx.x / PIECES, piece);
+            const uint32_t to = stages + stage * SHAPE::STAGE_BYTES + swizzled(threadIdx.x / PIECES, piece);
 #pragma unroll
             for (int i = 0; i < SHAPE::ROWS; i += SHAPE::COPY_ROWS)
                 copy_async_part(to + i * TILE_K * 2, a + k * 2 + i * p.a.row_bytes, i < n_rows ? n_bytes : 0);
@@ -170,7 +165,7 @@ template <class SHAPE> struct warp_sums {
 template <class SHAPE, output_kind OUTPUT, bool GENERAL>
 static __global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS) mma_kernel(const __grid_constant__ mma_params p)
 {
-    extern __shared__ __align__(128) uint8_t shared[];
+    extern __shared__ __align__(1024) uint8_t shared[];
     constexpr int N_STAGES = SHAPE::N_STAGES;
     int32_t *before = reinterpret_cast<int32_t *>(shared + N_STAGES * SHAPE::STAGE_BYTES);
     if (threadIdx.x < 32)
@@ -181,9 +176,8 @@ static __global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS) mma_kern
     const int warp_row = warp / SHAPE::WARPS_ACROSS * SHAPE::WARP_ROWS;
     const int warp_column = warp % SHAPE::WARPS_ACROSS * SHAPE::WARP_COLUMNS;
     const uint32_t stages = shared_address(shared);
-    const uint32_t a_lane = stages + stage_offset(warp_row + lane % 16, lane / 16);
-    const uint32_t b_lane =
-        stages + SHAPE::A_BYTES + stage_offset(warp_column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const uint32_t a_lane = stages + swizzled(warp_row + lane % 16, lane / 16);
+    const uint32_t b_lane = stages + SHAPE::A_BYTES + swizzled(warp_column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 
     feeder<SHAPE, OUTPUT> feed(p, before, stages);
 #pragma unroll
@@ -200,7 +194,7 @@ static __global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS) mma_kern
     for (int64_t number = blockIdx.x; walk.find(number, t); number += gridDim.x) {
         const int column = t.column_tile * OUTPUT_COLUMNS<SHAPE, OUTPUT>;
         if (OUTPUT == output_kind::F32 && p.output.accumulate)
-            prefetch_rows<SHAPE::ROWS, SHAPE::COLUMNS>(p.output, t.row, t.n_rows, column);
+            prefetch_rows<SHAPE::ROWS, SHAPE::COLUMNS, SHAPE::THREADS>(p.output, t.row, t.n_rows, column);
         warp_sums<SHAPE> sums;
         sums.clear();
 #pragma unroll 1
@@ -230,16 +224,36 @@ static __global__ void __launch_bounds__(SHAPE::THREADS, SHAPE::BLOCKS) mma_kern
     copy_wait<0>();
 }
 
+/* ---- launch ---- */
+
+/* The stages, and the list of tiles behind them. */
+template <class SHAPE> static int shared_bytes(const product &p)
+{
+    return SHAPE::N_STAGES * SHAPE::STAGE_BYTES + 4 * (p.rows.n_experts + 1);
+}
+
+template <class SHAPE, output_kind OUTPUT> static int column_tiles(const product &p)
+{
+    return static_cast<int>(divide_up(p.output.n_columns, OUTPUT_COLUMNS<SHAPE, OUTPUT>));
+}
+
+/* Whether every multiprocessor gets a tile of this shape, and can hold it. */
+template <class SHAPE, output_kind OUTPUT> static bool fills_device(const struct lr_exec *exec, const product &p)
+{
+    return divide_up(p.rows.n_rows, SHAPE::ROWS) * column_tiles<SHAPE, OUTPUT>(p) >= lr_cuda_multiprocessors(exec) &&
+           shared_bytes<SHAPE>(p) <= lr_cuda_block_shared_bytes(exec);
+}
+
 template <class SHAPE, output_kind OUTPUT, bool GENERAL>
 static cudaError_t launch_shape(const struct lr_exec *exec, const product &from)
 {
     const auto kernel = mma_kernel<SHAPE, OUTPUT, GENERAL>;
-    const int n_bytes = SHAPE::N_STAGES * SHAPE::STAGE_BYTES + 4 * (from.rows.n_experts + 1);
+    const int n_bytes = shared_bytes<SHAPE>(from);
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_bytes);
     if (error != cudaSuccess)
         return error;
     mma_params p = {from.a, {from.b[0], from.b[1]}, from.rows, from.output, 0};
-    p.rows.n_column_tiles = static_cast<int>(divide_up(from.output.n_columns, OUTPUT_COLUMNS<SHAPE, OUTPUT>));
+    p.rows.n_column_tiles = column_tiles<SHAPE, OUTPUT>(from);
     p.n_steps = static_cast<int>(divide_up(from.a.columns, TILE_K));
     const int64_t n_tiles = bound_row_tiles(p.rows, SHAPE::ROWS) * p.rows.n_column_tiles;
     const int64_t n_resident = static_cast<int64_t>(lr_cuda_multiprocessors(exec)) * SHAPE::BLOCKS;
@@ -248,16 +262,19 @@ static cudaError_t launch_shape(const struct lr_exec *exec, const product &from)
     return cudaGetLastError();
 }
 
-/* Large tiles where they give every multiprocessor one; small ones where not, and for what is rare. The sum of an
- * element is the same chain in both. */
+/* The largest tiles that fill the device; wide ones only where their last column does not cost more than they save. The
+ * sum of an element is the same chain in all of them. */
 template <output_kind OUTPUT> static cudaError_t launch_kind(const struct lr_exec *exec, const product &p)
 {
     if (p.general)
         return launch_shape<small_shape, OUTPUT, true>(exec, p);
-    const int64_t n_large = divide_up(p.rows.n_rows, large_shape::ROWS) *
-                            divide_up(p.output.n_columns, OUTPUT_COLUMNS<large_shape, OUTPUT>);
-    return n_large >= lr_cuda_multiprocessors(exec) ? launch_shape<large_shape, OUTPUT, false>(exec, p)
-                                                    : launch_shape<small_shape, OUTPUT, false>(exec, p);
+    const bool wide = 2 * column_tiles<large_shape, OUTPUT>(p) * 10 <= column_tiles<medium_shape, OUTPUT>(p) * 11;
+    if (wide && fills_device<large_shape, OUTPUT>(exec, p))
+        return launch_shape<large_shape, OUTPUT, false>(exec, p);
+    const bool narrow = p.output.n_columns <= OUTPUT_COLUMNS<medium_shape, OUTPUT> / 2;
+    if (!narrow && fills_device<medium_shape, OUTPUT>(exec, p))
+        return launch_shape<medium_shape, OUTPUT, false>(exec, p);
+    return launch_shape<small_shape, OUTPUT, false>(exec, p);
 }
 
 cudaError_t launch_product_mma(const struct lr_exec *exec, const product &p)

@@ -164,8 +164,8 @@ static __device__ __forceinline__ void store_blocks(uint32_t shared, uint32_t a,
                  : "memory");
 }
 
-/* N columns of 64 rows as activations through `staging`, the warpgroup's own STAGING_BYTES, as many columns at a time as
- * it holds. Returns while the copy engine still reads the last of them. */
+/* N columns of 64 rows as activations through `staging`, the warpgroup's own STAGING_BYTES, as many columns at a time
+ * as it holds. Returns while the copy engine still reads the last of them. */
 template <int N, int SIZE>
 static __device__ __forceinline__ void store_boxes(const product_params &p, const float (&sum)[SIZE], int row,
                                                    int first_column, uint32_t staging, int barrier)
@@ -227,7 +227,7 @@ static __device__ __forceinline__ void consume(const product_params &p, tile_wal
             continue;
         }
         if (OUTPUT == output_kind::F32 && p.output.accumulate)
-            prefetch_rows<BLOCK_ROWS, SHAPE::COLUMNS>(p.output, t.row + first, n_rows, column);
+            prefetch_rows<BLOCK_ROWS, SHAPE::COLUMNS, WARPGROUP_THREADS>(p.output, t.row + first, n_rows, column);
         float sum[SHAPE::COLUMNS / 2];
         multiply<SHAPE>(sum, p.n_steps, consumer, ring);
         store_tile<OUTPUT, GENERAL>(p, sum, t.row + first, n_rows, column, ring.staging + consumer * STAGING_BYTES,

@@ -3,6 +3,7 @@
  *
  *   upload     host --memcpy--> ring (pinned) --bus--> device
  *   download   device --bus--> landing (pinned, two halves) --memcpy--> host */
+#include "base/memory.h"
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/rows.cuh"
@@ -59,9 +60,38 @@ size_t available()
     return free_bytes;
 }
 
+enum lr_status reserve_host(size_t size_bytes, void **out, struct lr_error *err)
+{
+    void *base = nullptr;
+    const cudaError_t error = cudaHostAlloc(&base, size_bytes > 0 ? size_bytes : 1, cudaHostAllocDefault);
+    if (error != cudaSuccess) {
+        (void)cudaGetLastError();
+        return lr_fail(err, error == cudaErrorMemoryAllocation ? LR_NO_MEMORY : LR_INTERNAL,
+                       "%.2f GiB of host memory could not be pinned, %.2f GiB are free: %s",
+                       static_cast<double>(size_bytes) / GIB, static_cast<double>(lr_memory_available()) / GIB,
+                       cudaGetErrorString(error));
+    }
+    *out = base;
+    return LR_OK;
+}
+
+void release_host(void *base, size_t size_bytes)
+{
+    (void)size_bytes;
+    (void)cudaDeviceSynchronize();
+    (void)cudaFreeHost(base);
+    (void)cudaGetLastError();
+}
+
 void copy(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes)
 {
-    lr_cuda_note(exec, cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDeviceToDevice, lr::stream_of(exec)), "copy");
+    lr_cuda_note(exec, cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDefault, lr::stream_of(exec)), "copy");
+}
+
+void copy_aside(const struct lr_exec *exec, void *to, const void *from, size_t size_bytes)
+{
+    const cudaStream_t aside = static_cast<cudaStream_t>(lr_cuda_lane(exec, LR_LANE_ASIDE));
+    lr_cuda_note(exec, cudaMemcpyAsync(to, from, size_bytes, cudaMemcpyDefault, aside), "copy_aside");
 }
 
 void zero(const struct lr_exec *exec, void *to, size_t size_bytes)
@@ -164,5 +194,6 @@ void copy_rows(const struct lr_exec *exec,
 
 } // namespace
 
-const struct lr_memory_ops lr_cuda_memory = {reserve, release, available, copy,         copy_rows,
-                                             zero,    upload,  download,  lr_cuda_drain};
+const struct lr_memory_ops lr_cuda_memory = {
+    reserve, release, available, reserve_host,  release_host, lr_memory_available, copy,         copy_rows,
+    zero,    upload,  download,  lr_cuda_drain, copy_aside,   lr_cuda_mark,        lr_cuda_await};

@@ -39,7 +39,7 @@ static __device__ __forceinline__ void named_barrier(uint32_t id, uint32_t n_thr
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n_threads) : "memory");
 }
 
-/* ---- copies to shared memory -------------------------------------------------------------------------------------- */
+/* ---- copies to shared memory ------------------------------------------------------------------------------------- */
 
 /* 16 bytes from global to shared memory, of which the first n_bytes are read and the others are zero. */
 static __device__ __forceinline__ void copy_async_part(uint32_t shared, const void *global, int n_bytes)
@@ -64,7 +64,7 @@ template <int N> static __device__ __forceinline__ void copy_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-/* ---- matrices ----------------------------------------------------------------------------------------------------- */
+/* ---- matrices ---------------------------------------------------------------------------------------------------- */
 
 /* Four 8x8 blocks of 16-bit numbers: lane l gives the address of row l mod 8 of block l / 8. Of block i lane l gets
  * row l / 4, columns 2 (l mod 4) and the next, in r[i]. */
@@ -102,7 +102,7 @@ static __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* ---- numbers ------------------------------------------------------------------------------------------------------ */
+/* ---- numbers ----------------------------------------------------------------------------------------------------- */
 
 static __device__ __forceinline__ float exp2_fast(float x)
 {

@@ -44,4 +44,5 @@ struct lr_kernel_ops LR_CUDA(ops) = {
     .expert_sort = LR_CUDA(expert_sort),
     .gather_rows = LR_CUDA(gather_rows),
     .moe_combine = LR_CUDA(moe_combine),
+    .sample = lr_cuda_sample,
 };

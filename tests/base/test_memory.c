@@ -30,6 +30,22 @@ static void test_in_use(void **state)
                 lr_memory_available() > during);
 }
 
+/* Of a mapping what was touched is resident, give or take a huge page. */
+static void test_resident(void **state)
+{
+    (void)state;
+    const size_t mib = 1 << 20, huge = 2 * mib;
+    struct lr_arena arena;
+    assert_int_equal(lr_arena_reserve(&arena, 64 * mib, NULL), LR_OK);
+    assert_int_equal(lr_memory_resident(arena.base, 64 * mib), 0);
+    memset(arena.base, 1, 16 * mib);
+    size_t half = lr_memory_resident(arena.base, 64 * mib);
+    assert_true(half >= 16 * mib && half <= 16 * mib + huge);
+    memset(arena.base, 1, 64 * mib);
+    assert_int_equal(lr_memory_resident(arena.base, 64 * mib), 64 * mib);
+    lr_arena_release(&arena);
+}
+
 /* Arrays of an arena: planned bytes are taken bytes. */
 static void test_array_bytes(void **state)
 {
@@ -51,6 +67,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_available),
         cmocka_unit_test(test_in_use),
+        cmocka_unit_test(test_resident),
         cmocka_unit_test(test_array_bytes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

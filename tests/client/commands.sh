@@ -20,12 +20,25 @@ for a in answers:
 assert any(a["generated_tokens"] == 64 for a in answers)
 assert summary["workers"] == 2 and summary["attention"] == "full" and len(summary["peak_rss_bytes"]) == 2
 assert summary["prefill_seconds"] > 0 and summary["decode_seconds"] > 0 and min(summary["peak_rss_bytes"]) > 1 << 20
+assert len(summary["memory"]) == 2
+for use in summary["memory"]:
+    assert list(use) == ["planned_bytes", "reserved_bytes", "taken_bytes", "host_planned_bytes", "host_reserved_bytes"], use
+    assert abs(use["reserved_bytes"] - use["planned_bytes"]) <= use["planned_bytes"] / 20
+    assert 0 < use["taken_bytes"] <= use["reserved_bytes"] and use["host_reserved_bytes"] == 0
 PY
 grep -q 'full attention (auto: up to 131,072 tokens)' "$work/err" || fail "auto does not say what it chose: $(cat "$work/err")"
 
 # a table and a progress line, from standard input; the answers do not depend on where the experts are
 "$longreach" run --model $model --document - --question Who? --workers 2 < "$work/document" > "$work/table" 2> "$work/err" ||
     fail "run: $(cat "$work/err")"
+grep -qE "^a session's memory: .* planned, .* reserved, .* taken$" "$work/table" || fail "run does not show its memory: $(cat "$work/table")"
+"$longreach" run --model $model --document "$work/document" --question Who? --segment-tokens 128 --kv-dtype bf16 --kv-device-memory 500K \
+    > "$work/tiers" 2> "$work/err" || fail "run in two tiers: $(cat "$work/err")"
+grep -qx "keys and values: 448.00 KiB in the backend's memory, 768.00 KiB in host memory (6 of 8 segments of a worker)" "$work/err" ||
+    fail "run does not say where keys and values are: $(cat "$work/err")"
+grep -q '; 768.00 KiB of host memory for keys and values$' "$work/tiers" || fail "run in two tiers: $(cat "$work/tiers")"
+"$longreach" inspect $model --tokens 1014 --segment-tokens 128 --kv-dtype bf16 --kv-device-memory 500K > "$work/plan" || fail "inspect"
+grep -q '768.00 KiB of keys and values in host memory (6 of 8 segments of each layer)' "$work/plan" || fail "inspect: $(cat "$work/plan")"
 grep -q 'tokens read in' "$work/table" || fail "run prints no table: $(cat "$work/table")"
 LONGREACH_COLUMNS=100 "$longreach" run --model $model --document "$work/document" --question Who? --segment-tokens 128 --workers 2 \
     2>&1 > /dev/null | tr '\r' '\n' > "$work/bar"

@@ -28,6 +28,10 @@ expect 2 "--workers: 1025 is out of range" run --workers 1025
 expect 2 "--workers: 'two' is not a whole number" run --workers two
 expect 2 "not a power of two" run --document "$work/document" --question x --segment-tokens 300
 expect 2 "--segment-tokens: 64 is out of range" run --segment-tokens 64
+expect 2 "--kv-device-memory: '24Q' is not a size like 800M" run --kv-device-memory 24Q
+expect 2 "--kv-device-memory: '3MB' is not a size" run --kv-device-memory 3MB
+expect 2 "--kv-host-memory: 0 is out of range" run --kv-host-memory 0
+expect 2 "--kv-host-memory: 9000000T is out of range" run --kv-host-memory 9000000T
 expect 2 "'loud' is not one of auto, full, sparse" run --attention loud
 expect 2 "--temperature: -1 is out of range" run --temperature -1
 expect 2 "--stop: the text is empty" run --document "$work/document" --question x --stop ''

@@ -91,7 +91,8 @@ static struct kept extend(int64_t document, int64_t portion)
     for (int64_t at = document; at < N; at += portion) {
         input.ids = ids + at;
         input.n_ids = at + portion < N ? portion : N - at;
-        assert_ok(lr_forks_extend(session, &input, 1, NULL, keep, &kept, err));
+        assert_ok(lr_forks_extend(
+            session, &input, 1, &(struct lr_fork_output){.sink = keep, .sink_context = &kept}, err));
     }
     assert_int_equal(kept.n, N - document);
     assert_int_equal(lr_fork_position(input.fork), N);
@@ -137,16 +138,16 @@ static void forks_are_independent(void **state)
         }
         struct lr_fork *more;
         assert_int_equal(lr_session_fork(session, &more, NULL), LR_FULL);
-        assert_ok(lr_forks_extend(session, inputs, FORKS, together, NULL, NULL, err));
+        assert_ok(lr_forks_extend(session, inputs, FORKS, &(struct lr_fork_output){.logits = together}, err));
         for (int i = 0; i < FORKS; i++) {
             lr_fork_rewind(inputs[i].fork);
             assert_int_equal(lr_fork_position(inputs[i].fork), DOCUMENT);
-            assert_ok(lr_forks_extend(session, &inputs[i], 1, alone, NULL, NULL, err));
+            assert_ok(lr_forks_extend(session, &inputs[i], 1, &(struct lr_fork_output){.logits = alone}, err));
             assert_memory_equal(together + i * vocab(), alone, row);
         }
         lr_fork_release(inputs[3].fork);
         assert_ok(lr_session_fork(session, &inputs[3].fork, err));
-        assert_ok(lr_forks_extend(session, &inputs[3], 1, again, NULL, NULL, err));
+        assert_ok(lr_forks_extend(session, &inputs[3], 1, &(struct lr_fork_output){.logits = again}, err));
         assert_memory_equal(together + 3 * vocab(), again, row);
         free(together);
         free(alone);
@@ -167,7 +168,7 @@ static void all_pages_are_everything(void **state)
         assert_ok(lr_session_append(session, ids, 600, err));
         assert_ok(lr_session_seal(session, err));
         assert_ok(lr_session_fork(session, &input.fork, err));
-        assert_ok(lr_forks_extend(session, &input, 1, logits[i], NULL, NULL, err));
+        assert_ok(lr_forks_extend(session, &input, 1, &(struct lr_fork_output){.logits = logits[i]}, err));
         lr_session_close(session);
     }
     assert_memory_equal(logits[0], logits[1], (size_t)vocab() * sizeof(float));

@@ -1,6 +1,8 @@
 /* Attention of a document's segment: storing KV, then full attention over the ring or sparse
  * attention over fetched blocks. See attention.c for the whole picture. */
+#include "worker/kv_tier.h"
 #include "worker/layers/attention_impl.h"
+#include "worker/plan.h"
 
 #include <string.h>
 
@@ -8,10 +10,12 @@
  * ----------------------------------------------------------------------------------------- */
 
 /* Summaries of the segment's blocks; `means` may be NULL. */
-static void summarize_blocks(
-    struct lr_session *session, int64_t layer, int64_t first_block, int64_t end_token, float *means)
+static void
+summarize_blocks(const struct lr_step *step, int64_t layer, int64_t first_block, int64_t end_token, float *means)
 {
+    struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
+    const char *own = lr_kv_own(step, layer);
     int64_t size = session->kv_shape.n_kv_heads * session->kv_shape.head_dim;
     int64_t n_blocks = lr_ceil_div(end_token, LR_BLOCK) - first_block;
     int64_t per_segment = lr_blocks_per_segment(session);
@@ -19,7 +23,7 @@ static void summarize_blocks(
     int64_t page = (layer * session->local_blocks + local) * size;
     struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n_blocks);
     for (int64_t i = 0; i < n_blocks; i++)
-        refs[i] = (struct lr_kv_ref){.data = lr_session_block(session, layer, first_block + i),
+        refs[i] = (struct lr_kv_ref){.data = own + (size_t)i * session->block_bytes,
                                      .position = (first_block + i) * LR_BLOCK,
                                      .n_keys = (int32_t)lr_min_i64(end_token - (first_block + i) * LR_BLOCK, LR_BLOCK)};
     struct lr_block_summary_args args = {.shape = session->kv_shape,
@@ -53,7 +57,7 @@ static enum lr_status store_kv(struct lr_step *step, int64_t layer, const struct
     int64_t n_blocks = lr_ceil_div(n, LR_BLOCK);
     void **blocks = LR_STEP_TABLE(session, void *, n_blocks);
     for (int64_t i = 0; i < n_blocks; i++)
-        blocks[i] = lr_session_block(session, layer, start / LR_BLOCK + i);
+        blocks[i] = lr_kv_own(step, layer) + (size_t)i * session->block_bytes;
     struct lr_kv_store_args args = {.shape = session->kv_shape,
                                     .k = lr_act_at(engine->ops, p->rows, p->k),
                                     .k_stride = p->stride,
@@ -62,14 +66,16 @@ static enum lr_status store_kv(struct lr_step *step, int64_t layer, const struct
                                     .n_rows = n,
                                     .position = start,
                                     .blocks = blocks};
+    lr_kv_own_begin(step);
     if (n > 0)
         engine->ops->kv_store(&engine->exec, &args);
+    lr_kv_own_save(step, layer);
     if (!session->block_means && !session->page_min)
         return LR_OK;
     int64_t size = session->kv_shape.n_kv_heads * session->kv_shape.head_dim;
     float *means = session->block_means ? LR_STEP_TENSOR(session, float, (n_blocks + 1) * size) : NULL;
     if (n > 0)
-        summarize_blocks(session, layer, start / LR_BLOCK, start + n, means);
+        summarize_blocks(step, layer, start / LR_BLOCK, start + n, means);
     return means ? share_means(step, layer, means, err) : LR_OK;
 }
 
@@ -86,6 +92,7 @@ static void row_sizes(const struct lr_step *step, int64_t row, size_t *sizes)
     }
 }
 
+/* My slab of a row is being read until the request has been waited for. */
 static enum lr_status start_row(const struct lr_step *step,
                                 int64_t layer,
                                 int64_t row,
@@ -94,11 +101,14 @@ static enum lr_status start_row(const struct lr_step *step,
                                 struct lr_comm_request *request,
                                 struct lr_error *err)
 {
-    const struct lr_session *session = step->session;
+    struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->links;
-    int64_t block = (row * comm->size + comm->rank) * lr_blocks_per_segment(session);
     row_sizes(step, row, sizes);
-    const char *mine = sizes[comm->rank] ? lr_session_block(session, layer, block) : NULL;
+    const char *mine = NULL;
+    if (row < step->wave->index)
+        mine = lr_kv_enter(session, layer, row, step->wave->index);
+    else if (sizes[comm->rank])
+        mine = lr_kv_own(step, layer);
     return lr_comm_all_gather_v_start(comm, "kv row", mine, sizes, buffer, request, err);
 }
 
@@ -138,6 +148,7 @@ attend_full_ring(struct lr_step *step, int64_t layer, struct lr_attention_args *
     for (int64_t row = 0; row <= step->wave->index; row++) {
         int now = (int)(row & 1), next = 1 - now;
         LR_TRY(lr_comm_wait(links, &requests[now], err));
+        lr_kv_leave(session);
         if (row < step->wave->index)
             LR_TRY(start_row(step, layer, row + 1, buffers[next], sizes[next], &requests[next], err));
         if (step->n_rows == 0)
@@ -152,21 +163,44 @@ attend_full_ring(struct lr_step *step, int64_t layer, struct lr_attention_args *
     return LR_OK;
 }
 
-/* One worker: every block is at home, so the whole list is folded in one call. */
+/* Folds the n blocks from `data` on, whose first is the document's block `block`, with what went before. */
+static void
+fold_blocks(const struct lr_step *step, struct lr_attention_args *args, const char *data, int64_t block, int64_t n)
+{
+    struct lr_session *session = step->session;
+    const struct lr_engine *engine = session->engine;
+    struct lr_step_mark mark = lr_step_mark(session);
+    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n);
+    for (int64_t i = 0; i < n; i++)
+        refs[i] = (struct lr_kv_ref){.data = data + (size_t)i * session->block_bytes,
+                                     .position = (block + i) * LR_BLOCK,
+                                     .n_keys = (int32_t)lr_min_i64(step->wave->end - (block + i) * LR_BLOCK, LR_BLOCK)};
+    struct lr_kv_list list = {.refs = refs, .n_refs = n};
+    args->lists = &list;
+    engine->ops->attention(&engine->exec, args);
+    args->first = 0;
+    lr_step_rewind(session, mark); /* lists are copied before a slot returns */
+}
+
+/* One worker: the resident blocks are folded in one call, the host's slab by slab, the wave's own segment at last. */
 static void attend_full_alone(struct lr_step *step, int64_t layer, struct lr_attention_args *args)
 {
     struct lr_session *session = step->session;
-    struct lr_engine *engine = session->engine;
-    int64_t end = step->wave->end;
-    struct lr_kv_list list = {.n_refs = lr_ceil_div(end, LR_BLOCK)};
-    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, list.n_refs);
-    for (int64_t i = 0; i < list.n_refs; i++)
-        refs[i] = (struct lr_kv_ref){.data = lr_session_block(session, layer, i),
-                                     .position = i * LR_BLOCK,
-                                     .n_keys = (int32_t)lr_min_i64(end - i * LR_BLOCK, LR_BLOCK)};
-    list.refs = refs;
-    args->lists = &list;
-    engine->ops->attention(&engine->exec, args);
+    const struct lr_kv_tier *tier = &session->tier;
+    lr_act *y = args->y;
+    int64_t n_blocks = lr_ceil_div(step->wave->end, LR_BLOCK), resident = lr_min_i64(n_blocks, tier->resident_blocks);
+    args->y = n_blocks == resident ? y : NULL;
+    if (resident > 0)
+        fold_blocks(step, args, lr_session_block(session, layer, 0), 0, resident);
+    for (int64_t slab = tier->resident_slabs; slab < step->wave->index; slab++) {
+        const char *data = lr_kv_enter(session, layer, slab, step->wave->index);
+        fold_blocks(step, args, data, slab * tier->slab_blocks, tier->slab_blocks);
+        lr_kv_leave(session);
+    }
+    args->y = y;
+    int64_t own = step->wave->first / LR_BLOCK;
+    if (n_blocks > resident)
+        fold_blocks(step, args, lr_kv_own(step, layer), own, n_blocks - own);
 }
 
 /* ---- document: sparse attention
@@ -190,11 +224,19 @@ static struct reach reach_of(const struct lr_step *step, int rank)
     return reach;
 }
 
-/* Blocks that each worker needs for its segment, ascending, its own among them. */
+/* Blocks that each worker needs for its segment, ascending, its own among them: blocks[first[r] .. end[r]). */
 struct needs {
-    int64_t *first; /* [n_workers + 1] offsets into blocks */
+    int64_t *first, *end; /* [n_workers] */
     int32_t *blocks;
 };
+
+static struct needs new_needs(struct lr_session *session, int32_t *blocks)
+{
+    int n_workers = session->engine->comm->size;
+    return (struct needs){.first = LR_STEP_TABLE(session, int64_t, n_workers),
+                          .end = LR_STEP_TABLE(session, int64_t, n_workers),
+                          .blocks = blocks};
+}
 
 /* Most blocks one worker may need in a wave; all of what lies before it at the worst. */
 static int64_t most_needs(const struct lr_session_options *o, const struct lr_model_dims *dims)
@@ -238,13 +280,14 @@ list_needs(struct lr_step *step, const int32_t *chosen, int64_t n_chosen, struct
 {
     struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->comm;
-    int64_t most = most_needs(&session->options, &session->engine->model.dims);
-    needs->first = LR_STEP_TABLE(session, int64_t, comm->size + 1);
-    needs->blocks = LR_STEP_TABLE(session, int32_t, comm->size * most);
-    needs->first[0] = 0;
+    int64_t most = most_needs(&session->options, &session->engine->model.dims), total = 0;
+    *needs = new_needs(session, LR_STEP_TABLE(session, int32_t, comm->size * most));
     if (session->options.top_k_blocks == 0) {
-        for (int r = 0; r < comm->size; r++)
-            needs->first[r + 1] = needs->first[r] + list_fixed_needs(step, r, needs->blocks + needs->first[r]);
+        for (int r = 0; r < comm->size; r++) {
+            needs->first[r] = total;
+            total += list_fixed_needs(step, r, needs->blocks + total);
+            needs->end[r] = total;
+        }
         return LR_OK;
     }
     int32_t *mine = LR_STEP_TABLE(session, int32_t, most);
@@ -255,58 +298,136 @@ list_needs(struct lr_step *step, const int32_t *chosen, int64_t n_chosen, struct
     size_t *sizes = LR_STEP_TABLE(session, size_t, comm->size);
     for (int r = 0; r < comm->size; r++) {
         sizes[r] = (size_t)counts[r] * sizeof(int32_t);
-        needs->first[r + 1] = needs->first[r] + counts[r];
+        needs->first[r] = total;
+        total += counts[r];
+        needs->end[r] = total;
     }
     return lr_comm_all_gather_v(comm, "needed blocks", mine, sizes, needs->blocks, err);
 }
 
-/* Where each block that I need lies: at home or in `fetched`. */
+/* Index of `block` in an ascending list [n], or of the first one behind it. */
+static int64_t find_block(const int32_t *blocks, int64_t n, int64_t block)
+{
+    int64_t low = 0, high = n;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        if (blocks[middle] < block)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* The needs from block `first` on that are fetched and folded together: all, or, with a tier in host memory, so many
+ * that nobody's fill more than a slot, not counting the own segment's. The same on all workers, for they know all
+ * needs. *end: the block that comes next. */
+static struct needs cut_needs(const struct lr_step *step, const struct needs *all, int64_t first, int64_t *end)
+{
+    struct lr_session *session = step->session;
+    int n_workers = session->engine->comm->size;
+    struct needs cut = new_needs(session, all->blocks);
+    *end = lr_ceil_div(step->wave->end, LR_BLOCK);
+    for (int r = 0; r < n_workers; r++)
+        cut.first[r] = all->first[r] + find_block(all->blocks + all->first[r], all->end[r] - all->first[r], first);
+    for (int r = 0; r < n_workers && lr_kv_is_tiered(session); r++) {
+        int64_t past = cut.first[r] + session->tier.slot_blocks;
+        if (past < all->end[r] && all->blocks[past] < lr_wave_start(step->wave, r) / LR_BLOCK)
+            *end = lr_min_i64(*end, all->blocks[past]);
+    }
+    for (int r = 0; r < n_workers; r++)
+        cut.end[r] = all->first[r] + find_block(all->blocks + all->first[r], all->end[r] - all->first[r], *end);
+    return cut;
+}
+
+/* Blocks that travel: bytes to and from every worker. */
+struct travel {
+    size_t *send, *receive; /* [n_workers] */
+    int64_t n_send, n_receive;
+};
+
+static struct travel count_travel(const struct lr_step *step, const struct needs *needs)
+{
+    struct lr_session *session = step->session;
+    const struct lr_comm *comm = session->engine->links;
+    struct travel travel = {.send = LR_STEP_TABLE(session, size_t, comm->size),
+                            .receive = LR_STEP_TABLE(session, size_t, comm->size)};
+    memset(travel.send, 0, (size_t)comm->size * sizeof *travel.send);
+    memset(travel.receive, 0, (size_t)comm->size * sizeof *travel.receive);
+    for (int r = 0; r < comm->size; r++)
+        for (int64_t i = needs->first[r]; i < needs->end[r]; i++) {
+            int owner = lr_session_block_owner(session, needs->blocks[i]);
+            if (owner == comm->rank && r != comm->rank)
+                travel.send[r] += session->block_bytes, travel.n_send++;
+            if (owner != comm->rank && r == comm->rank)
+                travel.receive[owner] += session->block_bytes, travel.n_receive++;
+        }
+    return travel;
+}
+
+/* A block of mine: in the wave's own segment, or at home in either tier. */
+static const char *my_block(const struct lr_step *step, int64_t layer, int64_t block)
+{
+    int64_t own = lr_wave_start(step->wave, step->session->engine->comm->rank) / LR_BLOCK;
+    if (block >= own)
+        return lr_kv_own(step, layer) + (size_t)(block - own) * step->session->block_bytes;
+    return lr_session_block(step->session, layer, block);
+}
+
+/* Where the kernels find the blocks of mine among `blocks` [n]; those of the host's tier are brought to a slot. */
+static void place_mine(const struct lr_step *step, int64_t layer, const int32_t *blocks, int64_t n, const char **where)
+{
+    struct lr_session *session = step->session;
+    const struct lr_comm *comm = session->engine->links;
+    int64_t own = lr_wave_start(step->wave, comm->rank) / LR_BLOCK, n_home = 0;
+    int32_t *home = LR_STEP_TABLE(session, int32_t, n);
+    const char **place = LR_STEP_TABLE(session, const char *, n);
+    for (int64_t i = 0; i < n; i++)
+        if (lr_session_block_owner(session, blocks[i]) == comm->rank && blocks[i] < own)
+            home[n_home++] = blocks[i];
+    lr_kv_gather(session, layer, home, n_home, place);
+    n_home = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (lr_session_block_owner(session, blocks[i]) == comm->rank)
+            where[i] = blocks[i] < own ? place[n_home++] : my_block(step, layer, blocks[i]);
+}
+
+/* Where each block that I need is: on this device, or in `fetched`. */
 static enum lr_status
 fetch_needs(struct lr_step *step, int64_t layer, const struct needs *needs, const char **where, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
     struct lr_comm *comm = engine->links;
-    size_t *send = LR_STEP_TABLE(session, size_t, comm->size);
-    size_t *receive = LR_STEP_TABLE(session, size_t, comm->size);
-    memset(send, 0, (size_t)comm->size * sizeof *send);
-    memset(receive, 0, (size_t)comm->size * sizeof *receive);
-    int64_t n_send = 0, n_receive = 0;
-    for (int r = 0; r < comm->size; r++)
-        for (int64_t i = needs->first[r]; i < needs->first[r + 1]; i++) {
-            int owner = lr_session_block_owner(session, needs->blocks[i]);
-            if (owner == comm->rank && r != comm->rank)
-                send[r] += session->block_bytes, n_send++;
-            if (owner != comm->rank && r == comm->rank)
-                receive[owner] += session->block_bytes, n_receive++;
-        }
-    char *outgoing = LR_STEP_TENSOR(session, char, (size_t)n_send * session->block_bytes);
-    char *fetched = LR_STEP_TENSOR(session, char, (size_t)n_receive * session->block_bytes);
+    struct travel travel = count_travel(step, needs);
+    char *outgoing = LR_STEP_TENSOR(session, char, (size_t)travel.n_send * session->block_bytes);
+    char *fetched = LR_STEP_TENSOR(session, char, (size_t)travel.n_receive * session->block_bytes);
     if (!outgoing || !fetched)
         return lr_fail(err, LR_INTERNAL, "workspace for %lld + %lld travelling blocks was not planned",
-                       (long long)n_send, (long long)n_receive);
+                       (long long)travel.n_send, (long long)travel.n_receive);
+    int64_t first = needs->first[comm->rank];
+    place_mine(step, layer, needs->blocks + first, needs->end[comm->rank] - first, where);
     char *next = outgoing;
     for (int r = 0; r < comm->size; r++)
-        for (int64_t i = needs->first[r]; r != comm->rank && i < needs->first[r + 1]; i++)
+        for (int64_t i = needs->first[r]; r != comm->rank && i < needs->end[r]; i++)
             if (lr_session_block_owner(session, needs->blocks[i]) == comm->rank) {
-                engine->ops->memory.copy(&engine->exec, next, lr_session_block(session, layer, needs->blocks[i]),
+                engine->ops->memory.copy(&engine->exec, next, my_block(step, layer, needs->blocks[i]),
                                          session->block_bytes);
                 next += session->block_bytes;
             }
-    LR_TRY(lr_comm_all_to_all_v(comm, "kv blocks", outgoing, send, fetched, receive, err));
+    LR_TRY(lr_comm_all_to_all_v(comm, "kv blocks", outgoing, travel.send, fetched, travel.receive, err));
     size_t *offsets = LR_STEP_TABLE(session, size_t, comm->size);
     size_t offset = 0;
     for (int r = 0; r < comm->size; r++) {
         offsets[r] = offset;
-        offset += receive[r];
+        offset += travel.receive[r];
     }
-    for (int64_t i = needs->first[comm->rank]; i < needs->first[comm->rank + 1]; i++) {
+    for (int64_t i = first; i < needs->end[comm->rank]; i++) {
         int owner = lr_session_block_owner(session, needs->blocks[i]);
-        int64_t slot = i - needs->first[comm->rank];
-        where[slot] =
-            owner == comm->rank ? lr_session_block(session, layer, needs->blocks[i]) : fetched + offsets[owner];
-        if (owner != comm->rank)
-            offsets[owner] += session->block_bytes;
+        if (owner == comm->rank)
+            continue;
+        where[i - first] = fetched + offsets[owner];
+        offsets[owner] += session->block_bytes;
     }
     return LR_OK;
 }
@@ -320,29 +441,34 @@ static struct lr_kv_ref make_ref(const struct lr_step *step, int64_t block, cons
                               .whole = whole};
 }
 
-/* Index of `block` among my needs. */
-static int64_t find_need(const int32_t *blocks, int64_t n, int32_t block)
-{
-    int64_t low = 0, high = n - 1;
-    while (low < high) {
-        int64_t middle = (low + high) / 2;
-        if (blocks[middle] < block)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
-}
-
 /* Blocks that one query block may read: sinks, chosen, window. */
 static int64_t most_refs(const struct lr_session_options *o)
 {
     return o->top_k_blocks + lr_ceil_div(o->sinks, LR_BLOCK) + lr_ceil_div(o->window, LR_BLOCK) + 3;
 }
 
-/* One list for each query block and KV head: sinks, chosen blocks, window. */
-static struct lr_kv_list *chosen_lists(
-    const struct lr_step *step, const int32_t *chosen, const int32_t *blocks, int64_t n, const char *const *where)
+/* My blocks that are folded together: blocks[i] is at where[i]. */
+struct placed {
+    const int32_t *blocks;
+    const char **where;
+    int64_t n;
+};
+
+/* Adds the block to a list where it is among the placed ones. */
+static void add_ref(const struct lr_step *step,
+                    const struct placed *placed,
+                    int64_t block,
+                    int whole,
+                    struct lr_kv_ref *refs,
+                    int64_t *n)
+{
+    int64_t i = find_block(placed->blocks, placed->n, block);
+    if (i < placed->n && placed->blocks[i] == block)
+        refs[(*n)++] = make_ref(step, block, placed->where[i], whole);
+}
+
+/* One list for each query block and KV head: sinks, chosen blocks, window, as far as they are placed. */
+static struct lr_kv_list *chosen_lists(const struct lr_step *step, const int32_t *chosen, const struct placed *placed)
 {
     struct lr_session *session = step->session;
     const struct lr_session_options *o = &session->options;
@@ -359,14 +485,12 @@ static struct lr_kv_list *chosen_lists(
         struct lr_kv_ref *refs = all_refs + i * most;
         int64_t m = 0;
         for (int64_t b = 0; b < sink_end; b++)
-            refs[m++] = make_ref(step, b, where[find_need(blocks, n, (int32_t)b)], 0);
-        for (int64_t j = 0; j < k; j++) {
-            int32_t b = chosen[i * k + j];
-            if (b >= 0)
-                refs[m++] = make_ref(step, b, where[find_need(blocks, n, b)], 1);
-        }
+            add_ref(step, placed, b, 0, refs, &m);
+        for (int64_t j = 0; j < k; j++)
+            if (chosen[i * k + j] >= 0)
+                add_ref(step, placed, chosen[i * k + j], 1, refs, &m);
         for (int64_t b = window_first; b <= query_block; b++)
-            refs[m++] = make_ref(step, b, where[find_need(blocks, n, (int32_t)b)], 0);
+            add_ref(step, placed, b, 0, refs, &m);
         lists[i] = (struct lr_kv_list){.refs = refs, .n_refs = m};
     }
     return lists;
@@ -415,6 +539,39 @@ static void count_chosen_pairs(struct lr_step *step, const int32_t *chosen, int6
             session->pairs_seen += LR_BLOCK * lr_min_i64(LR_BLOCK, step->n_rows - i / per_block * LR_BLOCK);
 }
 
+/* Fetches these needs and folds them. `chosen` is NULL without chosen blocks. */
+static enum lr_status attend_needs(struct lr_step *step,
+                                   int64_t layer,
+                                   const struct needs *needs,
+                                   const int32_t *chosen,
+                                   struct lr_attention_args *args,
+                                   struct lr_error *err)
+{
+    struct lr_session *session = step->session;
+    struct lr_engine *engine = session->engine;
+    int rank = engine->comm->rank;
+    struct placed placed = {.blocks = needs->blocks + needs->first[rank], .n = needs->end[rank] - needs->first[rank]};
+    placed.where = LR_STEP_TABLE(session, const char *, placed.n);
+    LR_TRY(fetch_needs(step, layer, needs, placed.where, err));
+    struct lr_kv_list list = {.n_refs = placed.n};
+    if (chosen) {
+        args->lists = chosen_lists(step, chosen, &placed);
+        args->n_lists = lr_ceil_div(step->n_rows, LR_BLOCK) * session->kv_shape.n_kv_heads;
+    } else {
+        struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, placed.n);
+        for (int64_t i = 0; i < placed.n; i++)
+            refs[i] = make_ref(step, placed.blocks[i], placed.where[i], 0);
+        list.refs = refs;
+        args->lists = &list;
+    }
+    if (step->n_rows > 0 && (placed.n > 0 || args->y)) {
+        engine->ops->attention(&engine->exec, args);
+        args->first = 0;
+    }
+    lr_kv_gather_leave(session);
+    return LR_OK;
+}
+
 static enum lr_status attend_sparse(struct lr_step *step,
                                     int64_t layer,
                                     const struct lr_projection *p,
@@ -422,36 +579,26 @@ static enum lr_status attend_sparse(struct lr_step *step,
                                     struct lr_error *err)
 {
     struct lr_session *session = step->session;
-    struct lr_engine *engine = session->engine;
-    int64_t k = session->options.top_k_blocks;
-    int64_t n_chosen = lr_ceil_div(step->n_rows, LR_BLOCK) * session->kv_shape.n_kv_heads * k;
+    const struct lr_session_options *o = &session->options;
+    int64_t n_chosen = lr_ceil_div(step->n_rows, LR_BLOCK) * session->kv_shape.n_kv_heads * o->top_k_blocks;
     const int32_t *chosen = NULL;
-    if (k > 0)
+    if (o->top_k_blocks > 0) {
         LR_TRY(select_blocks(step, layer, p, &chosen, err));
+        count_chosen_pairs(step, chosen, n_chosen);
+    }
     struct needs needs;
     LR_TRY(list_needs(step, chosen, n_chosen, &needs, err));
-    int64_t first = needs.first[engine->comm->rank];
-    int64_t n = needs.first[engine->comm->rank + 1] - first;
-    const int32_t *blocks = needs.blocks + first;
-    const char **where = LR_STEP_TABLE(session, const char *, n);
-    LR_TRY(fetch_needs(step, layer, &needs, where, err));
-    if (step->n_rows == 0)
-        return LR_OK;
-    args->window = session->options.window;
-    args->sinks = session->options.sinks;
-    struct lr_kv_list list = {0};
-    if (k > 0) {
-        args->lists = chosen_lists(step, chosen, blocks, n, where);
-        args->n_lists = lr_ceil_div(step->n_rows, LR_BLOCK) * session->kv_shape.n_kv_heads;
-        count_chosen_pairs(step, chosen, n_chosen);
-    } else {
-        struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n);
-        for (int64_t i = 0; i < n; i++)
-            refs[i] = make_ref(step, blocks[i], where[i], 0);
-        list = (struct lr_kv_list){.refs = refs, .n_refs = n};
-        args->lists = &list;
+    args->window = o->window;
+    args->sinks = o->sinks;
+    lr_act *y = args->y;
+    int64_t last = lr_ceil_div(step->wave->end, LR_BLOCK);
+    for (int64_t first = 0, end; first < last; first = end) {
+        struct lr_step_mark mark = lr_step_mark(session);
+        struct needs cut = cut_needs(step, &needs, first, &end);
+        args->y = end == last ? y : NULL;
+        LR_TRY(attend_needs(step, layer, &cut, chosen, args, err));
+        lr_step_rewind(session, mark);
     }
-    engine->ops->attention(&engine->exec, args);
     return LR_OK;
 }
 
@@ -489,13 +636,15 @@ enum lr_status lr_attend_document(
     return LR_OK;
 }
 
-/* Blocks that one worker may receive and may send in a wave. */
+/* Blocks that one worker may receive and may send at once. */
 static size_t most_travelling(const struct lr_model_dims *dims, int n_workers, const struct lr_session_options *options)
 {
     if (n_workers == 1)
         return 0;
     int64_t needs = most_needs(options, dims), own = options->segment_tokens / LR_BLOCK;
     int64_t away = options->top_k_blocks > 0 ? needs : lr_max_i64(0, needs - own);
+    if (options->host_slabs > 0)
+        away = lr_min_i64(away, lr_plan_slot_blocks(dims, options));
     /* What I send to each of the others is bounded by its needs and by what I hold. */
     int64_t held = lr_ceil_div(lr_ceil_div(options->max_tokens, LR_BLOCK), n_workers) + own;
     return (size_t)(away + (n_workers - 1) * lr_min_i64(away, held));
@@ -520,9 +669,10 @@ static struct lr_step_bytes sparse_bytes(
     struct lr_step_bytes bytes = {0};
     bytes.tensors = lr_tensor_bytes((int64_t)most_travelling(dims, n_workers, options), block_bytes) +
                     LR_ARENA_ALIGN_BYTES + lr_tensor_bytes(chosen, sizeof(int32_t));
-    bytes.tables = lr_tensor_bytes(n_workers + 1, sizeof(int64_t)) +
+    bytes.tables = 4 * lr_tensor_bytes(n_workers, sizeof(int64_t)) +
                    lr_tensor_bytes((n_workers + 1) * needs, sizeof(int32_t)) +
-                   2 * lr_tensor_bytes(needs, sizeof(struct lr_kv_ref)) + 6 * lr_tensor_bytes(n_workers, sizeof(size_t)) +
+                   2 * lr_tensor_bytes(needs, sizeof(struct lr_kv_ref)) + lr_tensor_bytes(needs, sizeof(int32_t)) +
+                   lr_tensor_bytes(needs, sizeof(char *)) + 6 * lr_tensor_bytes(n_workers, sizeof(size_t)) +
                    lr_tensor_bytes(lr_ceil_div(options->max_tokens, LR_BLOCK) + 2, 1) +
                    lr_tensor_bytes(lists * most_refs(options), sizeof(struct lr_kv_ref)) +
                    lr_tensor_bytes(lists, sizeof(struct lr_kv_list)) + lr_tensor_bytes(chosen, sizeof(int32_t));

@@ -5,7 +5,9 @@
  *           n-1        the fork's own tail, where that lives here
  *
  * A range's length is a constant of the session, so the partials are the same on any number of workers. */
+#include "worker/kv_tier.h"
 #include "worker/layers/attention_impl.h"
+#include "worker/plan.h"
 
 #include <math.h>
 
@@ -33,6 +35,8 @@ int64_t lr_fork_step_rows(const struct lr_model_dims *dims, const struct lr_sess
     int64_t row_bytes =
         lr_fork_partials(options, n_workers) * dims->n_heads * (dims->head_dim + 2) * (int64_t)sizeof(float);
     int64_t rows = lr_min_i64(256, PARTIAL_BUDGET_BYTES / lr_max_i64(row_bytes, 1));
+    if (options->host_slabs > 0 && options->decode_pages > 0) /* one page of every row and KV head fits a slot */
+        rows = lr_min_i64(rows, lr_plan_slot_blocks(dims, options) / dims->n_kv_heads);
     return lr_max_i64(rows, options->max_forks);
 }
 
@@ -103,28 +107,112 @@ static void list_tails(const struct lr_step *step, int64_t layer, int64_t slot, 
     }
 }
 
-/* One item for each range of the document that lives here; whole blocks only. */
-static void list_ranges(const struct lr_step *step, int64_t layer, struct lr_partial_work *work)
+/* Whole blocks of the document in this worker's slab. */
+static int64_t slab_blocks(const struct lr_session *session, int64_t slab)
+{
+    const struct lr_comm *comm = session->engine->comm;
+    int64_t per_segment = lr_blocks_per_segment(session);
+    int64_t first = (slab * comm->size + comm->rank) * per_segment;
+    return lr_max_i64(0, lr_min_i64(per_segment, session->n_tokens / LR_BLOCK - first));
+}
+
+/* One item for each range of a slab, whose blocks lie at `data`; slots from `slot` on. Returns the next slot. */
+static int64_t
+list_ranges(const struct lr_step *step, int64_t slab, const char *data, int64_t slot, struct lr_partial_work *work)
 {
     struct lr_session *session = step->session;
-    const struct lr_engine *engine = session->engine;
-    int64_t per_segment = lr_blocks_per_segment(session), blocks = session->n_tokens / LR_BLOCK;
-    int64_t per_range = range_tokens(&session->options) / LR_BLOCK, slot = 0;
-    for (int64_t segment = engine->comm->rank * per_segment; segment < blocks;
-         segment += engine->comm->size * per_segment) {
-        for (int64_t first = segment; first < lr_min_i64(segment + per_segment, blocks); first += per_range) {
-            int64_t n = lr_min_i64(per_range, blocks - first);
-            struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n);
-            struct lr_kv_list *list = LR_STEP_TABLE(session, struct lr_kv_list, 1);
-            for (int64_t i = 0; i < n; i++)
-                refs[i] = (struct lr_kv_ref){.data = lr_session_block(session, layer, first + i),
-                                             .position = (first + i) * LR_BLOCK,
-                                             .n_keys = LR_BLOCK};
-            *list = (struct lr_kv_list){.refs = refs, .n_refs = n};
-            work->items[work->n_items++] = (struct lr_partial_item){
-                .slot = slot++, .first_row = 0, .n_rows = step->n_rows, .lists = list, .n_lists = 1};
+    const struct lr_comm *comm = session->engine->comm;
+    int64_t start = (slab * comm->size + comm->rank) * lr_blocks_per_segment(session);
+    int64_t n_blocks = slab_blocks(session, slab), per_range = range_tokens(&session->options) / LR_BLOCK;
+    for (int64_t first = 0; first < n_blocks; first += per_range) {
+        int64_t n = lr_min_i64(per_range, n_blocks - first);
+        struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, n);
+        struct lr_kv_list *list = LR_STEP_TABLE(session, struct lr_kv_list, 1);
+        for (int64_t i = 0; i < n; i++)
+            refs[i] = (struct lr_kv_ref){.data = data + (size_t)(first + i) * session->block_bytes,
+                                         .position = (start + first + i) * LR_BLOCK,
+                                         .n_keys = LR_BLOCK};
+        *list = (struct lr_kv_list){.refs = refs, .n_refs = n};
+        work->items[work->n_items++] = (struct lr_partial_item){
+            .slot = slot++, .first_row = 0, .n_rows = step->n_rows, .lists = list, .n_lists = 1};
+    }
+    return slot;
+}
+
+/* Folds the items listed so far, all of slots [first, end), and empties the list. */
+static void fold_slots(
+    const struct lr_step *step, struct lr_partials_args args, struct lr_partial_work *work, int64_t first, int64_t end)
+{
+    const struct lr_engine *engine = step->session->engine;
+    int64_t per_slot = args.n_rows * args.shape.n_heads;
+    for (int64_t i = 0; i < work->n_items; i++)
+        work->items[i].slot -= first;
+    args.items = work->items;
+    args.n_items = work->n_items;
+    args.n_slots = end - first;
+    args.m += first * per_slot;
+    args.l += first * per_slot;
+    args.o += first * per_slot * args.shape.head_dim;
+    if (end > first)
+        engine->ops->partials(&engine->exec, &args);
+    work->n_items = 0;
+}
+
+/* The document that lives here, range by range: what is on the device together with the tails, where all of it is;
+ * else the host's slabs one after the other. */
+static void attend_ranges(const struct lr_step *step,
+                          int64_t layer,
+                          const struct lr_partials_args *args,
+                          struct lr_partial_work *work)
+{
+    struct lr_session *session = step->session;
+    int64_t n_slabs = 0, slot = 0, folded = 0;
+    while (slab_blocks(session, n_slabs) > 0)
+        n_slabs++;
+    for (int64_t slab = 0; slab < n_slabs; slab++) {
+        int away = slab >= session->tier.resident_slabs;
+        if (away && work->n_items > 0) {
+            fold_slots(step, *args, work, folded, slot);
+            folded = slot;
+        }
+        slot = list_ranges(step, slab, lr_kv_enter(session, layer, slab, n_slabs), slot, work);
+        if (away) {
+            fold_slots(step, *args, work, folded, slot);
+            folded = slot;
+            lr_kv_leave(session);
         }
     }
+    list_tails(step, layer, args->n_slots - 1, work);
+    fold_slots(step, *args, work, folded, args->n_slots);
+}
+
+/* The chosen pages, in groups of slots whose pages fit a slot of the tier, and the tails. */
+static enum lr_status attend_pages(struct lr_step *step,
+                                   int64_t layer,
+                                   const struct lr_projection *p,
+                                   const struct lr_partials_args *args,
+                                   struct lr_partial_work *work,
+                                   struct lr_error *err)
+{
+    struct lr_session *session = step->session;
+    int64_t n_pages = session->options.decode_pages, group = n_pages;
+    if (lr_kv_is_tiered(session))
+        group = session->tier.slot_blocks / (step->n_rows * session->kv_shape.n_kv_heads);
+    const struct lr_offer *offers;
+    LR_TRY(lr_choose_pages(step, layer, p, &offers, err));
+    for (int64_t first = 0; first < n_pages; first += group) {
+        int64_t end = lr_min_i64(first + group, n_pages);
+        struct lr_step_mark mark = lr_step_mark(session);
+        lr_list_pages(step, layer, offers, first, end, work);
+        if (end == n_pages) {
+            list_tails(step, layer, n_pages, work);
+            end++;
+        }
+        fold_slots(step, *args, work, first, end);
+        lr_kv_gather_leave(session);
+        lr_step_rewind(session, mark);
+    }
+    return LR_OK;
 }
 
 static enum lr_status merge_partials(struct lr_step *step,
@@ -179,11 +267,6 @@ lr_attend_forks(struct lr_step *step, int64_t layer, const struct lr_projection 
     struct lr_softmax partials = lr_softmax_take(session, n * step->n_rows);
     struct lr_partial_work work = {
         .items = LR_STEP_TABLE(session, struct lr_partial_item, most_items(options, engine->comm->size, step->n_rows))};
-    if (options->decode_pages > 0)
-        LR_TRY(lr_list_pages(step, layer, p, &work, err));
-    else
-        list_ranges(step, layer, &work);
-    list_tails(step, layer, n - 1, &work);
     struct lr_partials_args args = {.shape = session->kv_shape,
                                     .q = p->rows,
                                     .q_stride = p->stride,
@@ -191,13 +274,14 @@ lr_attend_forks(struct lr_step *step, int64_t layer, const struct lr_projection 
                                     .n_rows = step->n_rows,
                                     .positions = step->positions,
                                     .scale = 1.0f / sqrtf((float)dims->head_dim),
-                                    .items = work.items,
-                                    .n_items = work.n_items,
                                     .n_slots = n,
                                     .m = partials.m,
                                     .l = partials.l,
                                     .o = partials.o};
-    engine->ops->partials(&engine->exec, &args);
+    if (options->decode_pages > 0)
+        LR_TRY(attend_pages(step, layer, p, &args, &work, err));
+    else
+        attend_ranges(step, layer, &args, &work);
     return merge_partials(step, &partials, n, 1 + (options->decode_pages > 0 ? options->decode_pages : ranges), y, err);
 }
 

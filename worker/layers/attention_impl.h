@@ -60,12 +60,26 @@ struct lr_partial_work {
     int64_t n_items;
 };
 
-/* Adds one item for each chosen page (see attention_pages.c): slots 0 .. decode_pages - 1. Collective. */
-LR_MUST_USE enum lr_status lr_list_pages(struct lr_step *step,
-                                         int64_t layer,
-                                         const struct lr_projection *p,
-                                         struct lr_partial_work *work,
-                                         struct lr_error *err);
+/* A page for one row and KV head: its bound, and its absolute block number; -1: none. */
+struct lr_offer {
+    float bound;
+    int32_t page;
+};
+
+/* chosen [n_rows][KV head][decode_pages], best first (see attention_pages.c). Collective. */
+LR_MUST_USE enum lr_status lr_choose_pages(struct lr_step *step,
+                                           int64_t layer,
+                                           const struct lr_projection *p,
+                                           const struct lr_offer **chosen,
+                                           struct lr_error *err);
+/* Adds one item for each row and slot [first, end): the slot's chosen pages, where they are here, for the kernels that
+ * follow, up to lr_kv_gather_leave. */
+void lr_list_pages(struct lr_step *step,
+                   int64_t layer,
+                   const struct lr_offer *chosen,
+                   int64_t first,
+                   int64_t end,
+                   struct lr_partial_work *work);
 struct lr_step_bytes lr_list_pages_bytes(const struct lr_model_dims *dims,
                                          int n_workers,
                                          const struct lr_session_options *options,

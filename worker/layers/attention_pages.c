@@ -5,14 +5,12 @@
  * Every worker bounds its own pages and offers its best; the offers are gathered and everyone keeps
  * the same best N (falling bound, then the lower page). A chosen page is one partial of its own, so
  * the merge does not depend on who owns it. Only whole blocks of the document are pages. */
+#include "worker/kv_tier.h"
 #include "worker/layers/attention_impl.h"
 
-struct offer {
-    float bound;
-    int32_t page; /* absolute block number; -1: none */
-};
+#include <stdlib.h>
 
-static int better(struct offer a, struct offer b)
+static int better(struct lr_offer a, struct lr_offer b)
 {
     if (a.page < 0 || b.page < 0)
         return a.page >= 0 && b.page < 0;
@@ -20,7 +18,7 @@ static int better(struct offer a, struct offer b)
 }
 
 /* Puts an offer into a list of the n best, best first. */
-static void insert_offer(struct offer *best, int64_t n, struct offer offer)
+static void insert_offer(struct lr_offer *best, int64_t n, struct lr_offer offer)
 {
     if (!better(offer, best[n - 1]))
         return;
@@ -51,7 +49,7 @@ static int32_t page_of_local(const struct lr_session *session, int64_t local)
 
 /* My best pages for each (row, KV head). */
 static enum lr_status offer_pages(
-    struct lr_step *step, int64_t layer, const struct lr_projection *p, struct offer *offers, struct lr_error *err)
+    struct lr_step *step, int64_t layer, const struct lr_projection *p, struct lr_offer *offers, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -59,7 +57,7 @@ static enum lr_status offer_pages(
     int64_t n_best = session->options.decode_pages, n_pages = count_local_pages(session);
     int64_t summary = layer * session->local_blocks * shape->n_kv_heads * shape->head_dim;
     for (int64_t i = 0; i < step->n_rows * shape->n_kv_heads * n_best; i++)
-        offers[i] = (struct offer){.page = -1};
+        offers[i] = (struct lr_offer){.page = -1};
     for (int64_t row = 0; row < step->n_rows && n_pages > 0; row++) {
         struct lr_step_mark mark = lr_step_mark(session);
         float *bounds = LR_STEP_TENSOR(session, float, shape->n_kv_heads *n_pages);
@@ -78,62 +76,112 @@ static enum lr_status offer_pages(
         for (int64_t head = 0; head < shape->n_kv_heads; head++)
             for (int64_t i = 0; i < n_pages; i++)
                 insert_offer(offers + (row * shape->n_kv_heads + head) * n_best, n_best,
-                             (struct offer){.bound = ((const float *)view)[head * n_pages + i],
-                                            .page = page_of_local(session, i)});
+                             (struct lr_offer){.bound = ((const float *)view)[head * n_pages + i],
+                                               .page = page_of_local(session, i)});
         lr_step_rewind(session, mark);
     }
     return LR_OK;
 }
 
 /* The best pages of the whole world for each (row, KV head), into `offers`. */
-static enum lr_status agree_on_pages(struct lr_step *step, struct offer *offers, struct lr_error *err)
+static enum lr_status agree_on_pages(struct lr_step *step, struct lr_offer *offers, struct lr_error *err)
 {
     struct lr_session *session = step->session;
     struct lr_comm *comm = session->engine->comm;
     int64_t n_best = session->options.decode_pages;
     int64_t n_lists = step->n_rows * session->kv_shape.n_kv_heads, n = n_lists * n_best;
-    struct offer *all = LR_STEP_TABLE(session, struct offer, comm->size * n);
+    struct lr_offer *all = LR_STEP_TABLE(session, struct lr_offer, comm->size * n);
     LR_TRY(lr_comm_all_gather(comm, "page offers", offers, (size_t)n * sizeof *offers, all, err));
     for (int64_t i = 0; i < n; i++)
-        offers[i] = (struct offer){.page = -1};
+        offers[i] = (struct lr_offer){.page = -1};
     for (int64_t list = 0; list < n_lists; list++)
         for (int64_t i = 0; i < comm->size * n_best; i++) {
-            struct offer offer = all[i / n_best * n + list * n_best + i % n_best];
+            struct lr_offer offer = all[i / n_best * n + list * n_best + i % n_best];
             if (offer.page >= 0)
                 insert_offer(offers + list * n_best, n_best, offer);
         }
     return LR_OK;
 }
 
-enum lr_status lr_list_pages(struct lr_step *step,
-                             int64_t layer,
-                             const struct lr_projection *p,
-                             struct lr_partial_work *work,
-                             struct lr_error *err)
+enum lr_status lr_choose_pages(struct lr_step *step,
+                               int64_t layer,
+                               const struct lr_projection *p,
+                               const struct lr_offer **chosen,
+                               struct lr_error *err)
 {
     struct lr_session *session = step->session;
-    int64_t n_best = session->options.decode_pages, heads = session->kv_shape.n_kv_heads;
-    struct offer *offers = LR_STEP_TABLE(session, struct offer, step->n_rows * heads * n_best);
-    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, step->n_rows * heads * n_best);
-    struct lr_kv_list *lists = LR_STEP_TABLE(session, struct lr_kv_list, step->n_rows * heads * n_best);
+    int64_t n = step->n_rows * session->kv_shape.n_kv_heads * session->options.decode_pages;
+    struct lr_offer *offers = LR_STEP_TABLE(session, struct lr_offer, n);
     LR_TRY(offer_pages(step, layer, p, offers, err));
     LR_TRY(agree_on_pages(step, offers, err));
-    for (int64_t row = 0; row < step->n_rows; row++)
-        for (int64_t slot = 0; slot < n_best; slot++) {
-            int64_t first = (row * n_best + slot) * heads;
-            for (int64_t head = 0; head < heads; head++) {
-                int32_t page = offers[(row * heads + head) * n_best + slot].page;
-                int here = page >= 0 && lr_session_block_owner(session, page) == session->engine->comm->rank;
-                lists[first + head] = (struct lr_kv_list){.refs = &refs[first + head], .n_refs = here};
-                if (here)
-                    refs[first + head] = (struct lr_kv_ref){.data = lr_session_block(session, layer, page),
-                                                            .position = (int64_t)page * LR_BLOCK,
-                                                            .n_keys = LR_BLOCK};
-            }
-            work->items[work->n_items++] = (struct lr_partial_item){
-                .slot = slot, .first_row = row, .n_rows = 1, .lists = lists + first, .n_lists = heads};
-        }
+    *chosen = offers;
     return LR_OK;
+}
+
+/* The page of (row, KV head, slot) where this worker has it; else -1. */
+static int32_t
+page_here(const struct lr_step *step, const struct lr_offer *chosen, int64_t row, int64_t head, int64_t slot)
+{
+    const struct lr_session *session = step->session;
+    int64_t list = row * session->kv_shape.n_kv_heads + head;
+    int32_t page = chosen[list * session->options.decode_pages + slot].page;
+    return page >= 0 && lr_session_block_owner(session, page) == session->engine->comm->rank ? page : -1;
+}
+
+static int compare_pages(const void *a, const void *b)
+{
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* The pages here of slots [first, end), ascending, each once. */
+static int64_t
+collect_pages(const struct lr_step *step, const struct lr_offer *chosen, int64_t first, int64_t end, int32_t *pages)
+{
+    int64_t n = 0, n_unique = 0;
+    for (int64_t row = 0; row < step->n_rows; row++)
+        for (int64_t head = 0; head < step->session->kv_shape.n_kv_heads; head++)
+            for (int64_t slot = first; slot < end; slot++) {
+                int32_t page = page_here(step, chosen, row, head, slot);
+                if (page >= 0)
+                    pages[n++] = page;
+            }
+    qsort(pages, (size_t)n, sizeof *pages, compare_pages);
+    for (int64_t i = 0; i < n; i++)
+        if (i == 0 || pages[i] != pages[i - 1])
+            pages[n_unique++] = pages[i];
+    return n_unique;
+}
+
+void lr_list_pages(struct lr_step *step,
+                   int64_t layer,
+                   const struct lr_offer *chosen,
+                   int64_t first,
+                   int64_t end,
+                   struct lr_partial_work *work)
+{
+    struct lr_session *session = step->session;
+    int64_t heads = session->kv_shape.n_kv_heads, most = step->n_rows * heads * (end - first);
+    int32_t *pages = LR_STEP_TABLE(session, int32_t, most);
+    const char **where = LR_STEP_TABLE(session, const char *, most);
+    struct lr_kv_ref *refs = LR_STEP_TABLE(session, struct lr_kv_ref, most);
+    struct lr_kv_list *lists = LR_STEP_TABLE(session, struct lr_kv_list, most);
+    int64_t n_pages = collect_pages(step, chosen, first, end, pages);
+    lr_kv_gather(session, layer, pages, n_pages, where);
+    for (int64_t row = 0; row < step->n_rows; row++)
+        for (int64_t slot = first; slot < end; slot++, refs += heads, lists += heads) {
+            for (int64_t head = 0; head < heads; head++) {
+                int32_t page = page_here(step, chosen, row, head, slot);
+                lists[head] = (struct lr_kv_list){.refs = &refs[head], .n_refs = page >= 0};
+                if (page < 0)
+                    continue;
+                const int32_t *at = bsearch(&page, pages, (size_t)n_pages, sizeof *pages, compare_pages);
+                refs[head] = (struct lr_kv_ref){
+                    .data = where[at - pages], .position = (int64_t)page * LR_BLOCK, .n_keys = LR_BLOCK};
+            }
+            work->items[work->n_items++] =
+                (struct lr_partial_item){.slot = slot, .first_row = row, .n_rows = 1, .lists = lists, .n_lists = heads};
+        }
 }
 
 struct lr_step_bytes lr_list_pages_bytes(const struct lr_model_dims *dims,
@@ -144,9 +192,11 @@ struct lr_step_bytes lr_list_pages_bytes(const struct lr_model_dims *dims,
     int64_t offers = n_rows * dims->n_kv_heads * options->decode_pages;
     int64_t pages = lr_ceil_div(options->max_tokens, LR_BLOCK) + options->segment_tokens / LR_BLOCK;
     size_t bounds = lr_tensor_bytes(dims->n_kv_heads * pages, sizeof(float));
-    return (struct lr_step_bytes){
-        .tensors = bounds,
-        .tables = bounds + lr_tensor_bytes(offers, sizeof(struct offer)) +
-                  lr_tensor_bytes(n_workers * offers, sizeof(struct offer)) +
-                  lr_tensor_bytes(offers, sizeof(struct lr_kv_ref)) + lr_tensor_bytes(offers, sizeof(struct lr_kv_list))};
+    return (struct lr_step_bytes){.tensors = bounds,
+                                  .tables = bounds + lr_tensor_bytes(offers, sizeof(struct lr_offer)) +
+                                            lr_tensor_bytes(n_workers * offers, sizeof(struct lr_offer)) +
+                                            lr_tensor_bytes(offers, sizeof(int32_t)) +
+                                            lr_tensor_bytes(offers, sizeof(char *)) +
+                                            lr_tensor_bytes(offers, sizeof(struct lr_kv_ref)) +
+                                            lr_tensor_bytes(offers, sizeof(struct lr_kv_list))};
 }

@@ -10,7 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { MAX_LAYERS = 4096, MAX_WIDTH = 1 << 20, MAX_HEADS = 4096, MAX_VOCAB = 1 << 24, PATH_BYTES = 4096 };
+enum { MAX_LAYERS = 4096, MAX_WIDTH = 1 << 20, MAX_HEADS = 4096, PATH_BYTES = 4096 };
 static const size_t max_config_bytes = (size_t)16 << 20;
 
 static enum lr_status read_dimensions(struct lr_json_fields f, struct lr_qwen3_next_config *c, struct lr_error *err)
@@ -21,7 +21,7 @@ static enum lr_status read_dimensions(struct lr_json_fields f, struct lr_qwen3_n
         int64_t *out;
     } fields[] = {
         {"hidden_size", 1, MAX_WIDTH, 2048, &c->hidden_size},
-        {"vocab_size", 1, MAX_VOCAB, 151936, &c->vocab_size},
+        {"vocab_size", 1, LR_MAX_VOCAB, 151936, &c->vocab_size},
         {"num_hidden_layers", 1, MAX_LAYERS, 48, &c->num_hidden_layers},
         {"num_attention_heads", 1, MAX_HEADS, 16, &c->num_attention_heads},
         {"num_key_value_heads", 1, MAX_HEADS, 2, &c->num_key_value_heads},

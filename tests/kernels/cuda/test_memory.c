@@ -124,6 +124,56 @@ static void rows_are_copied(void)
         check_that(back[i] == (i < 999 ? 0 : 0xff), "zeroed", i);
 }
 
+/* A slot is filled in one lane and read in the other, again and again, the reader late: nobody gets what is not his. And
+ * back: what the kernels' lane wrote goes to host memory aside. */
+static void lanes_wait_for_each_other(void)
+{
+    enum { ROUNDS = 12, N = 8 << 20, FILLED = 0, READ = LR_MARKS - 1, STORED = 1, SAVED = 2 };
+    const struct lr_memory_ops *memory = &lr_cuda_memory;
+    const size_t heavy = 512u << 20;
+    struct lr_error err;
+    void *source, *saved;
+    check_ok(memory->reserve_host((size_t)ROUNDS * N, &source, &err), &err);
+    check_ok(memory->reserve_host((size_t)ROUNDS * N, &saved, &err), &err);
+    check_that((uintptr_t)source % 256 == 0, "aligned", 0);
+    check_that(memory->available_host() > 0, "host memory", 0);
+    void *a, *b;
+    check_ok(memory->reserve(heavy, &a, &err), &err);
+    check_ok(memory->reserve(heavy, &b, &err), &err);
+    char *slot = check_device(N), *stage = check_device(N);
+    for (int i = 0; i < ROUNDS; i++)
+        memset((char *)source + (size_t)i * N, i + 1, N);
+    memset(saved, 0, (size_t)ROUNDS * N);
+    for (int i = 0; i < ROUNDS; i++) {
+        memory->await(&check.exec, LR_LANE_ASIDE, READ);
+        memory->copy_aside(&check.exec, slot, (char *)source + (size_t)i * N, N);
+        memory->mark(&check.exec, LR_LANE_ASIDE, FILLED);
+        memory->copy(&check.exec, a, b, heavy);
+        memory->await(&check.exec, LR_LANE_KERNELS, SAVED);
+        memory->await(&check.exec, LR_LANE_KERNELS, FILLED);
+        memory->copy(&check.exec, stage, slot, N);
+        memory->mark(&check.exec, LR_LANE_KERNELS, READ);
+        memory->mark(&check.exec, LR_LANE_KERNELS, STORED);
+        memory->await(&check.exec, LR_LANE_ASIDE, STORED);
+        memory->copy_aside(&check.exec, (char *)saved + (size_t)i * N, stage, N);
+        memory->mark(&check.exec, LR_LANE_ASIDE, SAVED);
+    }
+    memory->await(&check.exec, LR_LANE_KERNELS, SAVED);
+    check_ok(memory->wait(&check.exec, &err), &err);
+    check_that(memcmp(source, saved, (size_t)ROUNDS * N) == 0, "every round's bytes went through", 0);
+    memory->copy(&check.exec, slot, (char *)source + 5 * (size_t)N, N); /* host memory to the device in the kernels' lane */
+    unsigned char *got = check_host(N);
+    check_download(got, slot, N);
+    check_that(got[0] == 6 && got[N - 1] == 6, "copied from host memory", got[0]);
+    memory->release(a, heavy);
+    memory->release(b, heavy);
+    memory->release_host(source, (size_t)ROUNDS * N);
+    memory->release_host(saved, (size_t)ROUNDS * N);
+    enum lr_status status = memory->reserve_host((size_t)1 << 50, &source, &err);
+    check_that(status == LR_NO_MEMORY && strstr(err.message, "GiB") != NULL, "too much is refused with numbers",
+               status);
+}
+
 static enum lr_status give_up(void *context, struct lr_error *err)
 {
     return ++*(int *)context > 3 ? lr_fail(err, LR_TIMEOUT, "the deadline is over") : LR_OK;
@@ -201,6 +251,7 @@ static const struct check_case cases[] = {
     {"too large an upload", too_large_an_upload},
     {"large copies", large_copies},
     {"reserve zeroes and refuses", reserve_zeroes},
+    {"lanes wait for each other", lanes_wait_for_each_other},
     {"idle ends a wait", idle_ends_a_wait},
     {"the environment chooses the kernels", environment_chooses_kernels},
 };

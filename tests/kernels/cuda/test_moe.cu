@@ -296,7 +296,7 @@ int main()
     check_experts(ends, 8, 8, LR_ACT_RELU, 0, 0, seed++);
     check_experts(std::vector<int64_t>(40, 3), 64, 64, LR_ACT_SILU, 0, 0, seed++);
     if (!test_is_short()) {
-        check_experts({8000, 1, 8900, 0, 130}, 136, 72, LR_ACT_SILU, 0, 40, seed++); /* the large tiles */
+        check_experts({8500, 1, 8900, 0, 130}, 136, 72, LR_ACT_SILU, 0, 40, seed++); /* the large tiles */
         check_experts({2, 30, 1}, 2048, 768, LR_ACT_SILU, 0, 0, seed++);
     }
     return close_device("test_moe");
