@@ -90,6 +90,17 @@ run()
     [ $status -eq 0 ] || [ $status -eq 77 ] || echo "FAILED ($status): $title"
 }
 
+# unknown_races LOG: how many of racecheck's reports are not the one that docs/testing.md explains: attention's note of a
+# stage, read by a whole warp of which one lane gives the stage back, and written again by the producer
+unknown_races()
+{
+    awk '/Race reported between/ { n += unknown; unknown = 0; inside = 1 }
+        inside && !/Race reported between|^=========     and / { inside = 0 }
+        inside && !/load_shared\(|ring_writer<.*>::put\(/ { unknown = 1 }
+        END { print n + unknown }' "$1"
+}
+export -f unknown_races
+
 # sanitize LOG_FOLDER TOOL KERNELS PROGRAM: one report and, last, a line for the summary
 sanitize()
 {
@@ -101,6 +112,9 @@ sanitize()
     LR_CUDA_KERNELS=$3 LR_TEST_SHORT=1 timeout -k 5 "${SECONDS_EACH:-300}" compute-sanitizer --tool "$2" "${options[@]}" \
         --report-api-errors no --max-connections 100 --launch-timeout 60 --error-exitcode 9 "$4" > "$log" 2>&1
     status=$?
+    if [ "$2" = racecheck ] && [ $status -eq 9 ] && [ "$(unknown_races "$log")" -eq 0 ]; then
+        status=0 title+=" (explained)"
+    fi
     echo "$title: exit $status, $((SECONDS - begin)) s, $(grep SUMMARY "$log" | tail -1)" >> "$log"
 }
 export -f sanitize
