@@ -4,12 +4,12 @@
 set -euo pipefail
 
 packages=(build-essential cmake ninja-build pkg-config openmpi-bin libopenmpi-dev libjansson-dev
-          libpcre2-dev libutf8proc-dev libcmocka-dev iproute2 procps xxd python3)
+          libpcre2-dev libutf8proc-dev libcmocka-dev iproute2 procps python3)
 
 if ! command -v dpkg-query >/dev/null; then
     echo "This is not Debian or Ubuntu. longreach needs: a C17 compiler, CMake >= 3.21, Ninja, pkg-config, Open MPI 4,"
-    echo "Jansson, PCRE2 (8 bit), utf8proc, and for its tests cmocka, iproute2, xxd and Python 3."
-    for tool in cc cmake ninja pkg-config mpicc mpirun xxd python3; do
+    echo "Jansson, PCRE2 (8 bit), utf8proc, and for its tests cmocka, iproute2 and Python 3."
+    for tool in cc cmake ninja pkg-config mpicc mpirun python3; do
         command -v "$tool" >/dev/null || echo "missing program: $tool"
     done
     for library in jansson libpcre2-8 libutf8proc cmocka; do

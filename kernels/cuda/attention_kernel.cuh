@@ -300,9 +300,11 @@ template <int D, int C, int KEYS> struct consumer_tile {
         wgmma_commit();
     }
 
-    /* One thread of each warp. */
+    /* One thread of each warp, behind the reads of all of its lanes. (The compiler knows that the warp is together and
+     * makes no instruction of the first line; racecheck then does not see that they are ordered.) */
     __device__ __forceinline__ void release(uint64_t *empty) const
     {
+        __syncwarp();
         if (lane == 0)
             barrier_arrive(empty);
     }
@@ -455,6 +457,7 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
     barrier_wait(&s.q_full[consumer], round & 1);
     barrier_wait(&s.k_full[at.stage], at.parity);
     if (load_note(s.notes, at.stage).n_keys == 0) {
+        barrier_wait(&s.v_full[at.stage], at.parity); /* no values come, but the stage's phases go in step */
         c.release(&s.q_empty[consumer]);
         c.release(&s.k_empty[at.stage]);
         c.release(&s.v_empty[at.stage]);

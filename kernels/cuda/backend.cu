@@ -305,6 +305,10 @@ enum lr_status lr_cuda_unit_end(const struct lr_exec *exec, struct lr_error *err
 
 const void *lr_cuda_upload(const struct lr_exec *exec, const void *host, size_t size_bytes)
 {
+    if (size_bytes > LR_CUDA_MAX_UPLOAD_BYTES) {
+        lr_cuda_note(exec, cudaErrorInvalidValue, "upload");
+        return of(exec)->ring;
+    }
     const struct lr_cuda_space space = lr_cuda_ring_take(exec, size_bytes);
     if (size_bytes > 0) {
         memcpy(space.pinned, host, size_bytes);
@@ -345,6 +349,11 @@ void *lr_cuda_scratch(const struct lr_exec *exec)
 int lr_cuda_multiprocessors(const struct lr_exec *exec)
 {
     return of(exec)->n_multiprocessors;
+}
+
+void lr_cuda_pretend_multiprocessors(struct lr_exec *exec, int n)
+{
+    of(exec)->n_multiprocessors = n;
 }
 
 int lr_cuda_block_shared_bytes(const struct lr_exec *exec)

@@ -22,7 +22,8 @@ enum { LR_CUDA_SCRATCH_BYTES = 64 << 20, LR_CUDA_RING_BYTES = 64 << 20 };
 /* The largest array of one upload. */
 enum { LR_CUDA_MAX_UPLOAD_BYTES = LR_CUDA_RING_BYTES / 4 };
 
-/* A device copy of size_bytes bytes, 256-byte aligned. */
+/* A device copy of size_bytes bytes, 256-byte aligned. More than LR_CUDA_MAX_UPLOAD_BYTES is an error that the next
+ * download or wait reports; nothing is copied then. */
 const void *lr_cuda_upload(const struct lr_exec *exec, const void *host, size_t size_bytes);
 
 /* LR_CUDA_SCRATCH_BYTES of device memory, 256-byte aligned, contents undefined. */

@@ -20,6 +20,10 @@ void lr_cuda_device_close(struct lr_exec *exec);
 
 extern const struct lr_memory_ops lr_cuda_memory;
 
+/* As if the device had n multiprocessors: kernels that stay on them then go through more tiles each. For tests: the bits
+ * must not depend on it. */
+void lr_cuda_pretend_multiprocessors(struct lr_exec *exec, int n);
+
 /* ---- between backend.cu and memory.cu ---- */
 
 /* Space in the ring: `pinned` for the host to write, `device` beside it. It is free again when the ring has come round

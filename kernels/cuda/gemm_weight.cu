@@ -25,8 +25,8 @@ size_t LR_CUDA(weight_bytes)(int64_t n, int64_t k, enum lr_dtype)
     return static_cast<size_t>(n * lr::weight_stride(k)) * 2;
 }
 
-/* An error of the copy shows at the next launch, whose slot notes it. */
-void LR_CUDA(weight_pack)(struct lr_weight *w, int64_t row, int64_t n_rows, const void *rows)
+/* Rounds the rows on their way, a piece at a time, or copies them where they are what the device holds. */
+static void send_rows(const struct lr_weight *w, int64_t row, int64_t n_rows, const void *rows)
 {
     const int64_t stride = lr::weight_stride(w->k), n = n_rows * stride;
     lr::act *to = static_cast<lr::act *>(w->data) + row * stride;
@@ -47,4 +47,12 @@ void LR_CUDA(weight_pack)(struct lr_weight *w, int64_t row, int64_t n_rows, cons
         }
         cudaMemcpy(to + first, piece, static_cast<size_t>(size) * 2, cudaMemcpyHostToDevice);
     }
+}
+
+/* A copy from pageable memory may return while its last bytes are on their way, and the kernels' stream does not wait
+ * for those. An error shows at the next launch, whose slot notes it. */
+void LR_CUDA(weight_pack)(struct lr_weight *w, int64_t row, int64_t n_rows, const void *rows)
+{
+    send_rows(w, row, n_rows, rows);
+    cudaStreamSynchronize(cudaStreamLegacy);
 }

@@ -308,8 +308,8 @@ static cudaError_t launch(cudaStream_t stream, const recurrence_params &p, bool 
         return launch_scan<64>(stream, p, ends);
     }
     const int n_columns = p.dv + (ends.fold ? p.dk : 0);
-    scan_any_kernel<<<dim3(n_columns, p.n_v_heads, n_sequences), (p.dk + 31) / 32 * 32, p.dk * sizeof(float), stream>>>(
-        p, ends);
+    const size_t n_bytes = (p.dk + 3) / 4 * sizeof(float4); /* the compiler reads whole quads */
+    scan_any_kernel<<<dim3(n_columns, p.n_v_heads, n_sequences), (p.dk + 31) / 32 * 32, n_bytes, stream>>>(p, ends);
     return cudaGetLastError();
 }
 

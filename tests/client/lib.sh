@@ -39,8 +39,8 @@ expect()
 # ids N FILE: N token ids that look random and are always the same
 ids()
 {
-    awk -v n="$1" 'BEGIN { x = 12345; for (i = 0; i < n; i++) { x = (x * 1103515245 + 12345) % 2147483648;
-        v = int(x / 65536) % 8192; printf "%02x%02x0000", v % 256, int(v / 256) } }' | xxd -r -p > "$2"
+    printf %b "$(awk -v n="$1" 'BEGIN { x = 12345; for (i = 0; i < n; i++) { x = (x * 1103515245 + 12345) % 2147483648;
+        v = int(x / 65536) % 8192; printf "\\0%03o\\0%03o\\0000\\0000", v % 256, int(v / 256) } }')" > "$2"
 }
 
 # with_device: from here on every command runs on LR_TEST_DEVICE (default cpu); without such a device the test is skipped

@@ -8,6 +8,8 @@ Writes, next to this script:
     models/<name>/positions_N.txt                the positions kept, comma separated, ascending
     models/<name>/logits_N.bin                   float32 LE [n_positions, vocab_size]
     tiny/{ids,logits}_N.bin, positions_N.txt     the same for models/longreach-tiny on the start of data/kjv.txt
+    tiny/argmax_N.bin                            int32 LE [N], the token with the largest logit at every position
+    tiny/margin_N.bin                            float32 LE [N], how far that logit is above the next
 
 Three properties keep models/ honest, and the script fails where one of them does not hold:
   * every tensor in the files is read by transformers, and none that it wants is missing (mtp.* is ignored by both);
@@ -565,6 +567,14 @@ TINY_POSITIONS = {
 }
 
 
+def write_argmax(out, logits):
+    """What a backend with rounded activations is held against: it may choose otherwise where the margin is small."""
+    n = len(logits)
+    top = logits.topk(2, dim=-1)
+    top.indices[:, 0].numpy().astype("<i4").tofile(out / f"argmax_{n}.bin")
+    (top.values[:, 0] - top.values[:, 1]).numpy().astype("<f4").tofile(out / f"margin_{n}.bin")
+
+
 def make_tiny():
     """The model that the repository carries, on the start of the book that it was not trained on."""
     path, out = REPO / "models" / "longreach-tiny", HERE / "tiny"
@@ -578,6 +588,7 @@ def make_tiny():
         logits, gaps = run(model, ids[:n], positions)
         write_prompt(out, ids[:n], positions, logits)
         print(f"tiny {n}: routing gap {gaps.min():.1e}, {gaps[positions].min():.1e} at the positions kept")
+    write_argmax(out, run(model, ids[:n], list(range(n)))[0])
 
 
 def main():

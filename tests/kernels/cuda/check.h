@@ -14,6 +14,7 @@
 #include "kernels/cuda/backend.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/device.h"
+#include "tests/kernels/cuda/short.h"
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -119,6 +120,8 @@ static inline uint64_t check_bits(uint64_t *seed) /* splitmix64 */
 
 #ifdef LR_CUDA_F16
 enum { ACT_DIGITS = 11 };
+#define ACT_LARGE 0x1p12f    /* with room above for sums */
+#define ACT_FLOOR 0x1p-25    /* half of the smallest number: what rounding costs there */
 
 static inline uint16_t check_to_act(float x) /* to nearest, ties to even */
 {
@@ -136,6 +139,8 @@ static inline float check_from_act(uint16_t bits)
 }
 #else
 enum { ACT_DIGITS = 8 };
+#define ACT_LARGE 0x1p50f
+#define ACT_FLOOR 0x1p-134
 
 static inline uint16_t check_to_act(float x) /* to nearest, ties to even */
 {
@@ -283,6 +288,8 @@ static inline int check_main(const struct check_case *cases, int n_cases)
     }
     check.name = "open";
     check_ok(lr_cuda_device_open(0, &check.exec, &err), &err);
+    if (test_is_short())
+        lr_cuda_pretend_multiprocessors(&check.exec, SHORT_MULTIPROCESSORS);
     for (int i = 0; i < n_cases; i++) {
         check.name = cases[i].name;
         check.n_wrong = 0;

@@ -103,8 +103,23 @@ static void run_store_rows(void)
                                                   .blocks = blocks};
             LR_CUDA(kv_store_rows)(&check.exec, &store);
         }
-        for (int b = 0; b < 3; b++)
+        for (int b = 0; b < 3; b++) {
             check_same("blocks stored by rows", d.blocks[b], copies[b], bytes);
+            lr_cuda_memory.zero(&check.exec, copies[b], bytes);
+        }
+        for (int64_t t = 0; t < 300; t++) {
+            struct lr_kv_store_args store = {.shape = d.shape,
+                                             .k = d.device_k + t * width,
+                                             .k_stride = width,
+                                             .v = d.device_v + t * width,
+                                             .v_stride = width,
+                                             .n_rows = 1,
+                                             .position = t,
+                                             .blocks = copies + t / BLOCK};
+            LR_CUDA(kv_store)(&check.exec, &store);
+        }
+        for (int b = 0; b < 3; b++)
+            check_same("blocks stored token by token", d.blocks[b], copies[b], bytes);
     }
 }
 
@@ -275,6 +290,12 @@ static void run_case(const struct attention_case *c, uint64_t seed)
         if (cuts[i + 1] > cuts[i])
             fold_rows(args, &lists, cuts[i], cuts[i + 1] - cuts[i], 1, parts, 1);
     check_same("rows in parts", whole.y, parts.y, (size_t)(c->n_rows * y_stride) * 2);
+    int n_multiprocessors = lr_cuda_multiprocessors(&check.exec);
+    struct outputs elsewhere = take_outputs(&d.shape, c->n_rows, y_stride);
+    lr_cuda_pretend_multiprocessors(&check.exec, 2);
+    fold_rows(args, &lists, 0, c->n_rows, 1, elsewhere, 1);
+    lr_cuda_pretend_multiprocessors(&check.exec, n_multiprocessors);
+    check_same("two multiprocessors", whole.y, elsewhere.y, (size_t)(c->n_rows * y_stride) * 2);
 }
 
 static void run_cases(const struct attention_case *cases, int n)
@@ -291,7 +312,7 @@ static void run_dims(void)
         {2, 1, 32, 200, 0, 200, 0, 0, ONE, 2, 2},  {2, 1, 96, 200, 0, 200, 0, 0, ONE, 2, 2},
         {1, 1, 200, 200, 0, 200, 0, 0, ONE, 2, 2},
     };
-    run_cases(cases, CHECK_COUNT(cases));
+    run_cases(cases, CASES_TO_RUN(cases, 4));
 }
 
 static void run_groups(void)
@@ -302,7 +323,7 @@ static void run_groups(void)
         {7, 1, 256, 260, 100, 100, 0, 0, ONE, 2, 2},  {64, 1, 64, 300, 290, 10, 0, 0, ONE, 2, 2},
         {16, 2, 128, 1100, 1099, 1, 0, 0, ONE, 2, 2},
     };
-    run_cases(cases, CHECK_COUNT(cases));
+    run_cases(cases, CASES_TO_RUN(cases, 1));
 }
 
 static void run_windows(void)
@@ -312,7 +333,7 @@ static void run_windows(void)
         {2, 1, 128, 6000, 5800, 100, 1, 130, ONE, 2, 2},  {2, 1, 256, 1000, 600, 150, 300, 64, ONE, 2, 2},
         {4, 2, 64, 6000, 5600, 200, 256, 128, ONE, 2, 2},
     };
-    run_cases(cases, CHECK_COUNT(cases));
+    run_cases(cases, CASES_TO_RUN(cases, 2));
 }
 
 static void run_lists(void)
@@ -322,7 +343,7 @@ static void run_lists(void)
         {4, 1, 128, 1500, 640, 260, 300, 10, EACH, 2, 2}, {4, 2, 128, 1500, 100, 380, 0, 0, EACH, 2, 2},
         {4, 2, 256, 900, 500, 200, 200, 10, EACH, 2, 2},  {3, 3, 72, 900, 500, 300, 200, 10, EACH, 2, 2},
     };
-    run_cases(cases, CHECK_COUNT(cases));
+    run_cases(cases, CASES_TO_RUN(cases, 1));
 }
 
 static void run_halves(void)
@@ -355,7 +376,7 @@ static void run_extremes(void)
         {2, 1, 256, 500, 300, 200, 0, 0, ONE, 100, 100}, {2, 1, 64, 700, 500, 200, 0, 0, ONE, 0, 2},
         {2, 1, 128, 129, 0, 1, 0, 0, ONE, 2, 2},         {2, 1, 64, 200, 0, 1, 0, 0, ONE, 1e-20f, 1e-20f},
     };
-    run_cases(cases, CHECK_COUNT(cases));
+    run_cases(cases, CASES_TO_RUN(cases, 1));
 }
 
 /* ---- partials and their merge ---- */
@@ -514,7 +535,7 @@ static void run_partials(void)
 {
     static const struct partial_case cases[] = {{4, 2, 64, 32},  {4, 2, 64, 1}, {4, 2, 64, 130}, {16, 2, 128, 20},
                                                 {8, 1, 256, 33}, {3, 3, 72, 5}, {32, 8, 128, 3}, {6, 2, 32, 100}};
-    for (int i = 0; i < CHECK_COUNT(cases); i++)
+    for (int i = 0; i < CASES_TO_RUN(cases, 2); i++)
         run_partial_case(&cases[i], 1000 + (uint64_t)i);
 }
 

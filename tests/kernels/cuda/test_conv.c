@@ -60,6 +60,8 @@ static void conv(void)
     };
     uint64_t seed = 31;
     for (int s = 0; s < CHECK_COUNT(shapes); s++) {
+        if (is_too_large(shapes[s][0]))
+            continue;
         struct lr_conv_args args = {.n_rows = shapes[s][0],
                                     .n_channels = shapes[s][1],
                                     .n_taps = shapes[s][2],
@@ -69,7 +71,7 @@ static void conv(void)
               (long long)args.n_taps, (int)args.activation);
         float *x = check_floats(n, 4.0f, 1, &seed);
         for (int64_t i = 0; i < n; i += 101)
-            x[i] = i % 2 ? 0x1p30f : -0x1p30f;
+            x[i] = (float)(i % 2 ? ACT_LARGE : -ACT_LARGE);
         struct conv in = {.x = x,
                           .w = check_floats(args.n_channels * args.n_taps, 1.0f, 0, &seed),
                           .tail = check_floats((args.n_taps - 1) * args.n_channels, 4.0f, 1, &seed)};
@@ -82,13 +84,14 @@ static void conv(void)
              i++) { /* beside a huge input nothing is left of the others: those are compared whole */
             int huge = 0;
             for (int64_t w = 0; w < args.n_taps && i - w * args.n_channels >= 0; w++)
-                huge |= fabsf(x[i - w * args.n_channels]) > 1e6f;
-            double allowed = huge ? 0x1p30 * 1e-6 : 1e-5;
-            check_that(fabs((double)y[i] - truth[i]) <= fabs(truth[i]) * 0.00399 + allowed, "against float64", i);
+                huge |= fabsf(x[i - w * args.n_channels]) > ACT_LARGE / 2;
+            double allowed = huge ? ACT_LARGE * 1e-6 : 1e-5;
+            check_that(fabs((double)y[i] - truth[i]) <= fabs(truth[i]) * 1.02 / (1 << ACT_DIGITS) + allowed, "against float64", i);
         }
-        for (int l = 0; l < CHECK_COUNT(layouts); l++)
+        for (int l = first_layout(); l < CHECK_COUNT(layouts); l++)
             same_floats("another layout", y, run_conv(args, in, layouts[l], args.n_rows), n);
-        same_floats("row by row", y, run_conv(args, in, layouts[0], 1), n);
+        if (goes_by_rows(args.n_rows))
+            same_floats("row by row", y, run_conv(args, in, layouts[0], 1), n);
         same_floats("in parts of 5", y, run_conv(args, in, layouts[2], 5), n);
         args.w = place_f32(in.w, 1, args.n_channels * args.n_taps, layouts[0]);
         same_floats("by steps", y, run_steps(args, in, layouts[s % 4]), n);

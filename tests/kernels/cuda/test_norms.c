@@ -7,8 +7,9 @@ static float *take_rows(int64_t n_rows, int64_t width, int rounded, uint64_t *se
 {
     float *x = check_floats(n_rows * width, 3.0f, rounded, seed);
     for (int64_t i = 0; i < n_rows * width; i++) {
-        float factor = i / width == 1 ? 0x1p-60f : i / width == 2 ? 0x1p50f : i / width == 3 ? 0.0f : 1.0f;
-        x[i] *= factor; /* powers of two: still activations */
+        double factor = i / width == 1 ? 1.0 / ACT_LARGE : i / width == 2 ? ACT_LARGE : i / width == 3 ? 0.0 : 1.0;
+        x[i] = (float)(x[i] * factor);
+        x[i] = rounded ? check_from_act(check_to_act(x[i])) : x[i];
     }
     return x;
 }
@@ -34,11 +35,13 @@ static float *run_rmsnorm(struct lr_rmsnorm_args args, const float *x, const flo
 static void rmsnorm(void)
 {
     static const int64_t shapes[][2] = {{1, 1},     {5, 7},    {9, 64},   {17, 255}, {17, 256},  {3, 257},
-                                        {300, 512}, {7, 1000}, {5, 1024}, {5, 1028}, {33, 2048}, {6, 2052},
+                                        {6, 500},   {300, 512}, {7, 1000}, {5, 1024}, {5, 1028}, {33, 2048}, {6, 2052},
                                         {4, 4096},  {3, 5120}, {2, 8192}, {2, 8193}, {3, 20000}};
     uint64_t seed = 11;
     for (int s = 0; s < CHECK_COUNT(shapes); s++) {
         int64_t n_rows = shapes[s][0], n = shapes[s][1];
+        if (is_too_large(n_rows))
+            continue;
         LABEL("rmsnorm %lld x %lld", (long long)n_rows, (long long)n);
         float *x = take_rows(n_rows, n, 0, &seed), *w = check_floats(n, 1.0f, 0, &seed);
         struct lr_rmsnorm_args args = {.n_rows = n_rows, .n_cols = n, .eps = 1e-6f, .plus_one = s % 2};
@@ -48,9 +51,10 @@ static void rmsnorm(void)
         lr_ref_rmsnorm(&host, truth);
         float *y = run_rmsnorm(args, x, w, layouts[0], n_rows);
         check_act("y", y, truth, n_rows * n, 1e-30);
-        for (int l = 0; l < CHECK_COUNT(layouts); l++)
+        for (int l = first_layout(); l < CHECK_COUNT(layouts); l++)
             same_floats("another layout", y, run_rmsnorm(args, x, w, layouts[l], n_rows), n_rows * n);
-        same_floats("row by row", y, run_rmsnorm(args, x, w, layouts[0], 1), n_rows * n);
+        if (goes_by_rows(n_rows))
+            same_floats("row by row", y, run_rmsnorm(args, x, w, layouts[0], 1), n_rows * n);
         same_floats("in parts", y, run_rmsnorm(args, x, w, layouts[2], n_rows / 3 + 1), n_rows * n);
         check_end();
     }
@@ -91,6 +95,8 @@ static void gated_rmsnorm(void)
     uint64_t seed = 12;
     for (int s = 0; s < CHECK_COUNT(heads_shapes); s++) {
         struct heads_shape shape = heads_shapes[s];
+        if (is_too_large(shape.n_rows))
+            continue;
         int64_t width = shape.n_heads * shape.head_dim, n = shape.n_rows * width;
         LABEL("gated_rmsnorm %lld x %lld x %lld", (long long)shape.n_rows, (long long)shape.n_heads,
               (long long)shape.head_dim);
@@ -108,9 +114,10 @@ static void gated_rmsnorm(void)
         lr_ref_gated_rmsnorm(&host, truth);
         float *y = run_gated(args, x, z, w, layouts[0], shape.n_rows);
         check_act("y", y, truth, n, 1e-30);
-        for (int l = 0; l < CHECK_COUNT(layouts); l++)
+        for (int l = first_layout(); l < CHECK_COUNT(layouts); l++)
             same_floats("another layout", y, run_gated(args, x, z, w, layouts[l], shape.n_rows), n);
-        same_floats("row by row", y, run_gated(args, x, z, w, layouts[0], 1), n);
+        if (goes_by_rows(shape.n_rows))
+            same_floats("row by row", y, run_gated(args, x, z, w, layouts[0], 1), n);
         same_floats("in parts", y, run_gated(args, x, z, w, layouts[3], shape.n_rows / 3 + 1), n);
         check_end();
     }
@@ -134,6 +141,8 @@ static void l2norm(void)
     uint64_t seed = 13;
     for (int s = 0; s < CHECK_COUNT(heads_shapes); s++) {
         struct heads_shape shape = heads_shapes[s];
+        if (is_too_large(shape.n_rows))
+            continue;
         int64_t width = shape.n_heads * shape.head_dim, n = shape.n_rows * width;
         LABEL("l2norm %lld x %lld x %lld", (long long)shape.n_rows, (long long)shape.n_heads,
               (long long)shape.head_dim);
@@ -149,9 +158,10 @@ static void l2norm(void)
         lr_ref_l2norm(&host, truth);
         float *y = run_l2norm(args, x, layouts[0], shape.n_rows);
         check_act("x", y, truth, n, 1e-30);
-        for (int l = 0; l < CHECK_COUNT(layouts); l++)
+        for (int l = first_layout(); l < CHECK_COUNT(layouts); l++)
             same_floats("another layout", y, run_l2norm(args, x, layouts[l], shape.n_rows), n);
-        same_floats("row by row", y, run_l2norm(args, x, layouts[0], 1), n);
+        if (goes_by_rows(shape.n_rows))
+            same_floats("row by row", y, run_l2norm(args, x, layouts[0], 1), n);
         same_floats("in parts", y, run_l2norm(args, x, layouts[2], shape.n_rows / 3 + 1), n);
         check_end();
     }
@@ -197,6 +207,8 @@ static void norm_rope(void)
     for (int s = 0; s < CHECK_COUNT(heads_shapes); s++)
         for (int share = 0; share < 4; share++) { /* of the head that is rotated: none, a quarter, an odd part, all */
             struct heads_shape shape = heads_shapes[s];
+            if (is_too_large(shape.n_rows))
+                continue;
             int64_t d = shape.head_dim, n = shape.n_rows * shape.n_heads * d;
             int64_t rotary = share == 0 ? 0 : share == 1 ? d / 8 * 2 : share == 2 ? d * 2 / 3 / 2 * 2 : d / 2 * 2;
             int64_t half = rotary / 2, between = share % 2 ? d : 0;
@@ -220,9 +232,10 @@ static void norm_rope(void)
             lr_ref_norm_rope(&host, truth);
             float *y = run_rope(args, in, between, layouts[0], shape.n_rows);
             check_act("x", y, truth, n, 1e-5);
-            for (int l = 0; l < CHECK_COUNT(layouts); l++)
+            for (int l = first_layout(); l < CHECK_COUNT(layouts); l++)
                 same_floats("another layout", y, run_rope(args, in, between, layouts[l], shape.n_rows), n);
-            same_floats("row by row", y, run_rope(args, in, between, layouts[0], 1), n);
+            if (goes_by_rows(shape.n_rows))
+                same_floats("row by row", y, run_rope(args, in, between, layouts[0], 1), n);
             same_floats("in parts", y, run_rope(args, in, between, layouts[2], shape.n_rows / 3 + 1), n);
             check_end();
         }
