@@ -14,6 +14,7 @@
 #ifndef LR_KERNELS_CUDA_ATTENTION_KERNEL_CUH
 #define LR_KERNELS_CUDA_ATTENTION_KERNEL_CUH
 
+#include "kernels/cuda/attention_rows.cuh"
 #include "kernels/cuda/attention_walk.cuh"
 
 #include <math.h>
@@ -66,7 +67,7 @@ static __device__ __forceinline__ void multiply_pv(float (&o)[D / 2], const uint
 }
 
 /* The keys of a step that a row sees, numbered within the step: those below `to`, but none of [sinks, sinks + hidden).
- */
+ * attention_rows.cuh's visible_keys say the same; with them the loop has 20 to 30 bytes more of registers to spill. */
 struct key_bounds {
     int to, sinks;
     uint32_t hidden;
@@ -201,41 +202,6 @@ load_state(const lr_cuda_fold &a, fold_state<D> &t, const row_place &place, int6
         for (int c = 0; c < 2; c++)
             t.o[4 * i + 2 * r + c] =
                 there && 8 * i < a.shape.head_dim ? a.o[at * a.shape.head_dim + 8 * i + column + c] : 0.0f;
-}
-
-template <int D>
-static __device__ __forceinline__ void
-store_state(const lr_cuda_fold &a, const fold_state<D> &t, const row_place &place, int64_t slot, int r, int column)
-{
-    if (place.position < 0)
-        return;
-    const int64_t at = (slot * a.n_rows + place.row) * a.shape.n_heads + place.head;
-    if (column == 0) {
-        a.m[at] = t.l[r] > 0.0f ? t.m[r] : -INFINITY;
-        a.l[at] = t.l[r];
-    }
-    if (a.y == nullptr) {
-#pragma unroll
-        for (int i = 0; i < D / 8; i++)
-            if (8 * i < a.shape.head_dim)
-                *reinterpret_cast<float2 *>(&a.o[at * a.shape.head_dim + 8 * i + column]) =
-                    make_float2(t.o[4 * i + 2 * r], t.o[4 * i + 2 * r + 1]);
-        return;
-    }
-    const float inverse = t.l[r] > 0.0f ? 1.0f / t.l[r] : 0.0f;
-    uint16_t *y = static_cast<uint16_t *>(a.y) + place.row * a.y_stride + place.head * a.shape.head_dim;
-    const bool aligned = (reinterpret_cast<uintptr_t>(y) & 3) == 0;
-#pragma unroll
-    for (int i = 0; i < D / 8; i++)
-        if (8 * i < a.shape.head_dim) {
-            const uint32_t pair = pack_act(t.o[4 * i + 2 * r] * inverse, t.o[4 * i + 2 * r + 1] * inverse);
-            if (aligned) {
-                *reinterpret_cast<uint32_t *>(y + 8 * i + column) = pair;
-            } else {
-                y[8 * i + column] = static_cast<uint16_t>(pair);
-                y[8 * i + column + 1] = static_cast<uint16_t>(pair >> 16);
-            }
-        }
 }
 
 /* A stage's note is read when it is wanted: it lies there until the stage's keys are released. */
@@ -467,7 +433,8 @@ static __device__ __forceinline__ void consume(const lr_cuda_fold &a,
     at = after<shape::STAGES>(at);
 #pragma unroll
     for (int r = 0; r < 2; r++)
-        store_state(a, t, place_row(a, w, group, consumer * UNIT + warp_row + 8 * r), w.rows.slot, r, 2 * (lane % 4));
+        store_row<D>(a, t.o, t.l[r] > 0.0f ? t.m[r] : -INFINITY, t.l[r],
+                     place_row(a, w, group, consumer * UNIT + warp_row + 8 * r), w.rows.slot, r, 2 * (lane % 4));
 }
 
 template <int D, int C, int KEYS> static __device__ __forceinline__ void make_barriers(attention_shared<D, C, KEYS> &s)
