@@ -9,8 +9,27 @@
 
 #include "kernels/ops.h"
 
+#include <math.h>
+#include <string.h>
+
 /* One element of an array of `dtype`, widened (exactly). */
-double lr_ref_load(const void *data, int64_t index, enum lr_dtype dtype);
+static inline double lr_ref_load(const void *data, int64_t index, enum lr_dtype dtype)
+{
+    if (dtype == LR_F32)
+        return (double)((const float *)data)[index];
+    uint16_t packed = ((const uint16_t *)data)[index];
+    if (dtype == LR_BF16) {
+        uint32_t bits = (uint32_t)packed << 16;
+        float wide;
+        memcpy(&wide, &bits, sizeof wide);
+        return (double)wide;
+    }
+    int exponent = packed >> 10 & 31, fraction = packed & 1023;
+    double size = exponent == 0    ? ldexp(fraction, -24)
+                  : exponent == 31 ? (fraction ? (double)NAN : (double)INFINITY)
+                                   : ldexp(1024 + fraction, exponent - 25);
+    return packed & 0x8000 ? -size : size;
+}
 
 double lr_ref_sigmoid(double x);
 double lr_ref_softplus(double x);

@@ -49,7 +49,7 @@ static double score(const struct reader *r, const struct lr_kv_ref *ref, int64_t
     return (double)r->args->scale * sum;
 }
 
-/* y = sum_j p_j v_j; returns log sum_j exp(s_j) */
+/* y = sum_j p_j v_j; returns log sum_j exp(s_j). One pass: what was summed shrinks where a larger score comes. */
 static double read_blocks(const struct reader *r, double *y)
 {
     struct lr_kv_shape s = r->args->shape;
@@ -57,19 +57,22 @@ static double read_blocks(const struct reader *r, double *y)
     for (int64_t i = 0; i < s.head_dim; i++)
         y[i] = 0.0;
     for (int64_t b = 0; b < r->list->n_refs; b++)
-        for (int64_t j = 0; j < r->list->refs[b].n_keys; j++)
-            largest = fmax(largest, score(r, &r->list->refs[b], j));
-    if (isinf(largest))
-        return largest;
-    for (int64_t b = 0; b < r->list->n_refs; b++)
         for (int64_t j = 0; j < r->list->refs[b].n_keys; j++) {
             const struct lr_kv_ref *ref = &r->list->refs[b];
-            double p = exp(score(r, ref, j) - largest);
+            double x = score(r, ref, j);
+            if (x > largest) {
+                double shrink = exp(largest - x);
+                largest = x;
+                sum *= shrink;
+                for (int64_t i = 0; i < s.head_dim; i++)
+                    y[i] *= shrink;
+            }
+            double p = isinf(x) ? 0.0 : exp(x - largest);
             sum += p;
             for (int64_t i = 0; p > 0.0 && i < s.head_dim; i++)
                 y[i] += p * value_at(s, ref->data, r->kv_head, ref->position % BLOCK + j, i);
         }
-    for (int64_t i = 0; i < s.head_dim; i++)
+    for (int64_t i = 0; i < s.head_dim && sum > 0.0; i++)
         y[i] /= sum;
     return largest + log(sum);
 }

@@ -32,23 +32,33 @@ def causal(heads, kv_heads, dim, tokens):
     row(f"cuDNN causal T={tokens} H={heads}/{kv_heads} D={dim}", run, 2 * heads * dim * tokens * tokens)
 
 
-def sparse(tokens=65536, heads=32, kv_heads=8, dim=128):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def listed(blocks):
+    """[n_query_blocks, n_key_blocks] of booleans as BlockMask wants them: how many a row, and which first."""
+    order = torch.argsort(blocks.int(), dim=1, descending=True, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
-    flex = torch.compile(flex_attention)
+
+def sparse(tokens=65536, heads=32, kv_heads=8, dim=128, window=4096):
+    """The masks are written down as lists of blocks: those that are seen whole, and those whose keys are looked at."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
     q, k, v = take(heads, tokens, dim), take(kv_heads, tokens, dim), take(kv_heads, tokens, dim)
-    mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < 4096), None, None, tokens, tokens, device="cuda",
-                             _compile=True)
-    row("Flex window 4096 T=65536 H=32/8 D=128", lambda: flex(q, k, v, block_mask=mask, enable_gqa=True),
-        4 * heads * dim * tokens * 4096)
+
+    def race(name, part, whole, size, sees, flops):
+        mask = BlockMask.from_kv_blocks(*listed(part), *listed(whole), BLOCK_SIZE=(128, size), mask_mod=sees)
+        flex = torch.compile(flex_attention)
+        row(name, lambda: flex(q, k, v, block_mask=mask, enable_gqa=True), flops)
+
     rows = torch.arange(tokens // 128, device="cuda")[:, None]
+    behind = rows - torch.arange(tokens // 128, device="cuda")
+    race(f"Flex window {window} T={tokens} H={heads}/{kv_heads} D={dim}", (behind == 0) | (behind == window // 128),
+         (behind > 0) & (behind < window // 128), 128, lambda b, h, i, j: (i >= j) & (i - j < window),
+         4 * heads * dim * tokens * window)
     for size in (128, 64):
         own = torch.arange(tokens // size, device="cuda") * size // 128  # the query block that a key block lies in
-        keep = (torch.rand(tokens // 128, tokens // size, device="cuda") < 0.1) | (own == rows)
-        mask = create_block_mask(lambda b, h, i, j: (i >= j) & keep[i // 128, j // size], None, None, tokens, tokens,
-                                 device="cuda", BLOCK_SIZE=(128, size), _compile=True)
-        row(f"Flex random 10 % of 128 x {size} blocks T=65536", lambda: flex(q, k, v, block_mask=mask, enable_gqa=True),
-            4 * heads * dim * (keep & (own <= rows)).sum().item() * 128 * size)
+        kept = (torch.rand(tokens // 128, tokens // size, device="cuda") < 0.1) & (own < rows)
+        race(f"Flex random 10 % of 128 x {size} blocks T={tokens}", own == rows, kept, size, lambda b, h, i, j: i >= j,
+             4 * heads * dim * (kept | (own == rows)).sum().item() * 128 * size)
 
 
 print(torch.cuda.get_device_name(), torch.__version__, "cuDNN", torch.backends.cudnn.version())
