@@ -109,7 +109,7 @@ template <class Team> struct row_search {
         uint32_t ids[BINS]; /* their sum: the token where there is one */
     };
 
-    struct memory {
+    struct shared_state {
         struct cut cuts[2];
         uint64_t best[WARPS];
         uint64_t block_best;
@@ -118,7 +118,7 @@ template <class Team> struct row_search {
         uint32_t keys[]; /* [n] where they are kept */
     };
 
-    struct memory &memory;
+    struct shared_state &memory;
     const float *logits; /* of the part: tokens [first, first + n) */
     int first, n;
     float largest;
@@ -353,7 +353,7 @@ static __global__ void __launch_bounds__(Team::THREADS, Team::RESIDENT) sample_k
         const int index = blockIdx.x / Team::BLOCKS, rank = blockIdx.x % Team::BLOCKS, first = rank * part;
         const int n = min(part, max(vocab - first, 0));
         const struct sample_row &row = rows.row[index];
-        auto &memory = *reinterpret_cast<typename row_search<Team>::memory *>(shared);
+        auto &memory = *reinterpret_cast<typename row_search<Team>::shared_state *>(shared);
         const float *mine = logits + static_cast<int64_t>(index) * vocab + first;
         struct row_search<Team> search = {
             memory, mine, first, n, 0.0f, row.scale, 0
@@ -381,7 +381,7 @@ static cudaError_t launch(const struct lr_exec *exec, const struct lr_sample_arg
     }
     const int vocab = static_cast<int>(args->vocab), part = (vocab + Team::BLOCKS - 1) / Team::BLOCKS;
     const size_t keys = row_search<Team>::KEEPS_KEYS ? static_cast<size_t>(part) : 0;
-    const size_t bytes = sizeof(typename row_search<Team>::memory) + keys * sizeof(uint32_t);
+    const size_t bytes = sizeof(typename row_search<Team>::shared_state) + keys * sizeof(uint32_t);
     const auto kernel = sample_kernel<Team>;
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
