@@ -308,11 +308,10 @@ template <int D, int C, int KEYS> struct consumer_tile {
         return factor;
     }
 
-    /* Some row of the warp has a sum beyond MAX_SUM: its reference goes up by whole powers of two. */
+    /* Some row of the warp has a sum beyond MAX_SUM: its reference goes up by whole powers of two. No product runs. */
     __device__ __forceinline__ void
     raise_rows(fold_state<D> &t, float (&score)[KEYS / 2], uint32_t stage, float (&sum)[2]) const
     {
-        wgmma_wait<0>(); /* o, and the registers of the weights */
         const bool repeat = __any_sync(0xffffffffu, !(sum[0] < OVERFLOWN && sum[1] < OVERFLOWN));
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -332,7 +331,8 @@ template <int D, int C, int KEYS> struct consumer_tile {
     }
 
     /* One step's softmax: scores become weights, m and l move on. No maximum is looked for: a row's reference stays
-     * until the sum of its weights is too large. The previous P V may still run, but not this step's Q K^T. */
+     * until the sum of its weights is too large. The previous P V may still run at the beginning, but not this step's
+     * Q K^T; at the end nothing runs. */
     __device__ __forceinline__ void
     fold(fold_state<D> &t, float (&score)[KEYS / 2], int32_t flags, uint32_t stage) const
     {
@@ -344,8 +344,14 @@ template <int D, int C, int KEYS> struct consumer_tile {
         if (__any_sync(0xffffffffu, t.l[0] == 0.0f || t.l[1] == 0.0f))
             begin_rows<D, KEYS>(t, score, scale2);
         weigh_scores<KEYS>(score, scale2, t.m, sum);
-        if (__any_sync(0xffffffffu, !(sum[0] <= MAX_SUM && sum[1] <= MAX_SUM)))
-            raise_rows(t, score, stage, sum);
+        /* All of the warpgroup wait, and where only some warps have rows to raise, before that. Four lanes hold a row and
+         * vote alike, so no vote is 1: the compiler cannot know, and leaves the wait behind the weights. */
+        const uint32_t too_large = __ballot_sync(0xffffffffu, !(sum[0] <= MAX_SUM && sum[1] <= MAX_SUM));
+        if (too_large != 1) {
+            wgmma_wait<0>();
+            if (too_large != 0)
+                raise_rows(t, score, stage, sum);
+        }
         release(&s.k_empty[stage]);
         t.l[0] += sum[0];
         t.l[1] += sum[1];
@@ -376,7 +382,6 @@ template <int D, int C, int KEYS> struct consumer_tile {
             give_turn<C>(consumer);
             wgmma_wait<1>();
             fold(t, score, flags, next.stage);
-            wgmma_wait<0>();
             release(&s.v_empty[at.stage]);
             round_weights<KEYS>(weights, score);
             at = next;

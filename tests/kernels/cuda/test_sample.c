@@ -71,11 +71,17 @@ static void compare(int64_t n_rows, int64_t vocab, int n_draws, uint64_t seed)
     }
 }
 
+/* `all`, or the few of a short run */
+static int count(int all, int few)
+{
+    return test_is_short() ? few : all;
+}
+
 static void small_vocabularies(void)
 {
     static const int64_t vocabs[] = {1, 2, 7, 31, 100, 776, 1025, 4099};
     for (int i = 0; i < CHECK_COUNT(vocabs); i++) {
-        compare(65, vocabs[i], 40, (uint64_t)i + 1);
+        compare(count(65, N_LOGITS), vocabs[i], count(40, 2), (uint64_t)i + 1);
         check_end();
     }
 }
@@ -83,21 +89,21 @@ static void small_vocabularies(void)
 static void one_row(void)
 {
     for (int i = 0; i < N_LOGITS; i++) {
-        compare(1, 32001, 50, (uint64_t)i + 100);
+        compare(1, 32001, count(50, 1), (uint64_t)i + 100);
         check_end();
     }
 }
 
 static void large_vocabulary(void)
 {
-    compare(32, 151936, 12, 200);
+    compare(count(32, 2), 151936, count(12, 1), 200);
 }
 
 static void largest_vocabulary(void)
 {
-    compare(6, 262144, 6, 300);
+    compare(count(6, 1), 262144, count(6, 1), 300);
     check_end();
-    compare(6, LR_MAX_VOCAB, 3, 301);
+    compare(count(6, 1), LR_MAX_VOCAB, count(3, 1), 301);
 }
 
 /* NaN anywhere, or an infinite largest logit: -1, in every way of sampling; the rows beside it are untouched. */
@@ -147,7 +153,7 @@ static void in_a_unit(void)
     float *logits = check_floats(ROWS * VOCAB, 6.0f, 0, &seed);
     float *device_logits = check_device_copy(logits, sizeof(float) * ROWS * VOCAB);
     int32_t *device_ids = check_device(sizeof(int32_t) * ROWS), want[ROWS], got[ROWS];
-    for (int step = 0; step < 20; step++) {
+    for (int step = 0; step < count(20, 3); step++) {
         struct lr_sampling sampling[ROWS];
         int64_t positions[ROWS];
         for (int t = 0; t < ROWS; t++) {
