@@ -1,21 +1,27 @@
 """What attention is raced against, on attention_bench's shapes: cuDNN, and FlexAttention with block masks.
-usage: attention_peers.py [causal] [sparse] [tiny] [wide]       one line a shape: name, ms, TFLOP/s"""
+usage: attention_peers.py [FILE] [causal] [sparse] [tiny] [wide]
+FILE: the output of attention_bench in the same run on the same GPU; adds ours and the ratios"""
+import os
+import re
 import sys
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
-SECTIONS = sys.argv[1:] or ["causal", "sparse", "tiny", "wide"]
+FILES = [argument for argument in sys.argv[1:] if os.path.exists(argument)]
+SECTIONS = [argument for argument in sys.argv[1:] if argument not in FILES] or ["causal", "sparse", "tiny", "wide"]
+OURS = {m[1]: float(m[2]) for f in FILES for line in open(f) if (m := re.match(r"(\S.*?)\s+([\d.]+) ms", line))}
 
 
-def row(name, run, flops):
+def row(peer, name, run, flops):
     try:
         with torch.no_grad():
             ms = do_bench(run, warmup=50, rep=600, return_mode="median")
-        print(f"{name:52s} {ms:10.3f} ms  {flops / ms * 1e-9:7.1f} TFLOP/s", flush=True)
+        text = f"{peer:6s} {name:52s} {ms:10.3f} ms  {flops / ms * 1e-9:7.1f} TFLOP/s"
+        print(text + (f"   ours {OURS[name]:10.3f} ms   ratio {ms / OURS[name]:5.2f}" if name in OURS else ""), flush=True)
     except Exception as error:
-        print(f"{name:52s} failed: {type(error).__name__} {str(error)[:100]}", flush=True)
+        print(f"{peer:6s} {name:52s} failed: {type(error).__name__} {str(error)[:100]}", flush=True)
 
 
 def take(heads, tokens, dim):
@@ -29,7 +35,7 @@ def causal(heads, kv_heads, dim, tokens):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    row(f"cuDNN causal T={tokens} H={heads}/{kv_heads} D={dim}", run, 2 * heads * dim * tokens * tokens)
+    row("cuDNN", f"causal T={tokens} H={heads}/{kv_heads} D={dim}", run, 2 * heads * dim * tokens * tokens)
 
 
 def listed(blocks):
@@ -47,24 +53,24 @@ def sparse(tokens=65536, heads=32, kv_heads=8, dim=128, window=4096):
     def race(name, part, whole, size, sees, flops):
         mask = BlockMask.from_kv_blocks(*listed(part), *listed(whole), BLOCK_SIZE=(128, size), mask_mod=sees)
         flex = torch.compile(flex_attention)
-        row(name, lambda: flex(q, k, v, block_mask=mask, enable_gqa=True), flops)
+        row("Flex", name, lambda: flex(q, k, v, block_mask=mask, enable_gqa=True), flops)
 
     rows = torch.arange(tokens // 128, device="cuda")[:, None]
     behind = rows - torch.arange(tokens // 128, device="cuda")
-    race(f"Flex window {window} T={tokens} H={heads}/{kv_heads} D={dim}", (behind == 0) | (behind == window // 128),
+    race(f"window {window} T={tokens} H={heads}/{kv_heads} D={dim}", (behind == 0) | (behind == window // 128),
          (behind > 0) & (behind < window // 128), 128, lambda b, h, i, j: (i >= j) & (i - j < window),
          4 * heads * dim * tokens * window)
     for size in (128, 64):
         own = torch.arange(tokens // size, device="cuda") * size // 128  # the query block that a key block lies in
         kept = (torch.rand(tokens // 128, tokens // size, device="cuda") < 0.1) & (own < rows)
-        race(f"Flex random 10 % of 128 x {size} blocks T={tokens}", own == rows, kept, size, lambda b, h, i, j: i >= j,
+        race(f"random 10 % of 128 x {size} blocks T={tokens} H={heads}/{kv_heads} D={dim}", own == rows, kept, size, lambda b, h, i, j: i >= j,
              4 * heads * dim * (kept | (own == rows)).sum().item() * 128 * size)
 
 
 print(torch.cuda.get_device_name(), torch.__version__, "cuDNN", torch.backends.cudnn.version())
 a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
 b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-row("ceiling: bf16 product 8192^3", lambda: a @ b, 2 * 8192**3)
+row("cuBLAS", "ceiling: bf16 product 8192^3", lambda: a @ b, 2 * 8192**3)
 if "causal" in SECTIONS:
     for n in (16384, 65536, 131072):
         causal(32, 8, 128, n)

@@ -48,8 +48,9 @@ def dense(m, n, k, wide):
 
 print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
 for line in open(sys.argv[1]):
-    name, time, flops, size = line.split()[:4]
-    time, flops, size = float(time), float(flops), float(size)
+    if len(line.split()) != 4 or not line[0].isalpha():
+        continue
+    name, (time, flops, size) = line.split()[0], map(float, line.split()[1:])
     parts = name.removeprefix("mma_").split("_")
     peer = None
     if parts[0] == "experts":

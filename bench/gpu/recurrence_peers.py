@@ -1,5 +1,7 @@
 """flash-linear-attention on the shapes of recurrence_bench: median milliseconds, forward only, bf16.
-usage: recurrence_peers.py      needs PyTorch, Triton and fla; the first run compiles for minutes (keep TRITON_CACHE_DIR)."""
+usage: recurrence_peers.py [FILE]     FILE: the output of recurrence_bench in the same run; adds ours and the ratios
+needs PyTorch, Triton and fla; the first run compiles for minutes (keep TRITON_CACHE_DIR)."""
+import sys
 import time
 
 import torch
@@ -37,11 +39,20 @@ def peer(rule, heads, dim, tokens):
     return lambda: chunk_gated_delta_rule(q, k, v, g=g, beta=beta, output_final_state=True)
 
 
+def ours():
+    """{(rule, value heads, dim, tokens): milliseconds of both passes}"""
+    lines = [line.split() for line in open(sys.argv[1])] if len(sys.argv) > 1 else []
+    return {(w[0], int(w[1].split("/")[1]), int(w[2]), int(w[3])): float(w[7]) for w in lines if len(w) > 7 and "/" in w[1]}
+
+
 print(torch.cuda.get_device_name())
 torch.manual_seed(0)
+OURS = ours()
 for rule, heads, dim, tokens in SHAPES:
     started = time.time()
     with torch.no_grad():
         ms = milliseconds(peer(rule, heads, dim, tokens))
-    print(f"fla {rule} {heads:3d} heads {dim:4d} dim {tokens:9d} tokens {ms:8.3f} ms   (all {time.time() - started:.0f} s)",
+    mine = OURS.get((rule, heads, dim, tokens))
+    print(f"fla {rule} {heads:3d} heads {dim:4d} dim {tokens:9d} tokens {ms:8.3f} ms"
+          + (f"   ours {mine:8.3f} ms   ratio {ms / mine:5.2f}" if mine else "") + f"   (all {time.time() - started:.0f} s)",
           flush=True)

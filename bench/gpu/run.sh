@@ -164,11 +164,12 @@ everything()
         sanitize_all
     fi
     if [[ $steps == *bench* ]]; then
+        mkdir -p "$build/bench"
         for program in "$build"/bin/*_bench_*; do
-            run 60 "$(basename "$program")" "$program"
+            run 60 "$(basename "$program")" "$program" | tee "$build/bench/$(basename "$program").txt"
         done
-        for program in bench/gpu/*_peers.py; do
-            [ -f "$program" ] && run 300 "$(basename "$program")" python3 "$program"
+        for program in attention experts recurrence sample; do # bf16, as peers compute
+            run 300 "${program}_peers.py" python3 bench/gpu/${program}_peers.py "$build/bench/${program}_bench_bf16.txt"
         done
     fi
 }
