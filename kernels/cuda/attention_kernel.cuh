@@ -1,6 +1,6 @@
 /* Attention over KV blocks for Hopper: a warpgroup of producers and C consumer warpgroups of 64 tile rows each, which
- * run S = Q K^T -> softmax -> O += P V  with wgmma. A multiprocessor's thread block goes through its share of the
- * tiles.
+ * run S = Q K^T -> softmax -> O += P V  with wgmma. A multiprocessor's thread block takes tile after tile, as long as
+ * there are any.
  *
  *   consumer 0   | QK j | softmax j ........ | QK j+1 | softmax j+1
  *                       | PV j-1 |                    | PV j |
@@ -455,28 +455,42 @@ template <int D, int C, int KEYS> static __device__ __forceinline__ void make_ba
         barrier_init(&s.q_full[i], 1);
         barrier_init(&s.q_empty[i], WARPS);
     }
+    for (int i = 0; i < TILES_AHEAD; i++) {
+        barrier_init(&s.work_full[i], 1);
+        barrier_init(&s.work_empty[i], C * (1 + WARPS)); /* the warps that bring queries, and the consumers' */
+    }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-/* The work of a thread block in its lap-th round: to and fro through all of it, as tiles get smaller and smaller. May
- * lie behind the end in the last round. */
-static __device__ __forceinline__ int work_of(int lap)
+/* The walking warp: takes work, tells the others, and walks the tile's list. */
+template <int D, int C, int KEYS>
+static __device__ __forceinline__ void
+walk_tiles(const lr_cuda_fold &a, int group, int n_tiles, const work_queue &queue, attention_shared<D, C, KEYS> &s)
 {
-    const int width = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-    return lap * width + (lap % 2 ? width - 1 - block : block);
+    ring_writer<D, C, KEYS> ring = {s, 0, 0};
+    tile t;
+    uint32_t round = 0;
+    /* taking waits for memory, but the ring is full of this tile's steps then */
+    for (int work = static_cast<int>(blockIdx.x); work < queue.n_work; work = queue.take()) {
+        if (!take_tile(a, group, n_tiles, tile_shape<D, C, KEYS>::ROWS, work, t))
+            continue;
+        hand_out(s, round++, work);
+        produce(make_walk(a, t), t.kv_head, ring);
+    }
+    hand_out(s, round, queue.n_work);
+    queue.leave();
 }
 
 /* Every role goes through the same tiles. */
 template <int D, int C, int KEYS>
 __global__ void __launch_bounds__(tile_shape<D, C, KEYS>::THREADS, (tile_shape<D, C, KEYS>::BLOCKS_EACH))
-    attention_kernel(const __grid_constant__ lr_cuda_fold a, float scale2, int n_tiles, int n_work)
+    attention_kernel(const __grid_constant__ lr_cuda_fold a, float scale2, int n_tiles, const work_queue queue)
 {
     using shape = tile_shape<D, C, KEYS>;
     extern __shared__ uint8_t raw[];
     attention_shared<D, C, KEYS> &s =
         *reinterpret_cast<attention_shared<D, C, KEYS> *>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
     const int group = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
-    const int n_laps = (n_work + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
     if (threadIdx.x == 0)
         make_barriers(s);
     __syncthreads();
@@ -485,34 +499,37 @@ __global__ void __launch_bounds__(tile_shape<D, C, KEYS>::THREADS, (tile_shape<D
     tile t;
     if (warp < WARPGROUP / 32) {
         registers_shrink<shape::PRODUCER_REGISTERS>();
-        ring_writer<D, C, KEYS> ring = {s, 0, 0};
-        uint32_t round = 0;
-        for (int lap = 0; lap < n_laps && warp <= C; lap++) {
-            if (work_of(lap) >= n_work || !take_tile(a, group, n_tiles, shape::ROWS, work_of(lap), t))
-                continue;
-            if (warp == 0)
-                produce(make_walk(a, t), t.kv_head, ring);
-            else
+        if (warp == 0) {
+            walk_tiles(a, group, n_tiles, queue, s);
+        } else if (warp <= C) {
+            for (uint32_t round = 0;; round++) {
+                const int work = receive(s, round);
+                if (work >= queue.n_work)
+                    break;
+                take_tile(a, group, n_tiles, shape::ROWS, work, t);
                 bring_queries(a, t, group, warp - 1, round, s);
-            round++;
+            }
         }
     } else {
         registers_grow<shape::CONSUMER_REGISTERS>();
         const int consumer = warp / (WARPGROUP / 32) - 1;
         ring_place at = {0, 0};
-        uint32_t round = 0;
         if (consumer == C - 1)
             give_turn<C>(consumer); /* consumer 0 goes first */
-        for (int lap = 0; lap < n_laps; lap++)
-            if (work_of(lap) < n_work && take_tile(a, group, n_tiles, shape::ROWS, work_of(lap), t))
-                consume(a, scale2, t, group, consumer, round++, at, s);
+        for (uint32_t round = 0;; round++) {
+            const int work = receive(s, round);
+            if (work >= queue.n_work)
+                break;
+            take_tile(a, group, n_tiles, shape::ROWS, work, t);
+            consume(a, scale2, t, group, consumer, round, at, s);
+        }
         if (consumer == 0)
             take_turn<C>(consumer); /* the last turn given, so that the barriers end even */
     }
 }
 
 template <int D, int C, int KEYS>
-static cudaError_t launch(const lr_cuda_fold &fold, int n_multiprocessors, cudaStream_t stream)
+static cudaError_t launch(const lr_cuda_fold &fold, int n_multiprocessors, uint32_t *taken, cudaStream_t stream)
 {
     using shape = tile_shape<D, C, KEYS>;
     const int bytes = sizeof(attention_shared<D, C, KEYS>) + 1024;
@@ -526,7 +543,7 @@ static cudaError_t launch(const lr_cuda_fold &fold, int n_multiprocessors, cudaS
         return error;
     attention_kernel<D, C, KEYS>
         <<<static_cast<unsigned>(n_work < room ? n_work : room), shape::THREADS, bytes, stream>>>(
-            fold, fold.scale * LOG2E, static_cast<int>(n_tiles), static_cast<int>(n_work));
+            fold, fold.scale * LOG2E, static_cast<int>(n_tiles), work_queue{taken, static_cast<int>(n_work)});
     return cudaGetLastError();
 }
 

@@ -32,8 +32,8 @@ struct tile {
     int64_t first, last; /* its rows of q */
 };
 
-/* The tiles with the most work first, as a causal document's last ones have: thread blocks that go to and fro through
- * this order end together. Of one list, the KV heads of a tile follow each other; of many lists, the tiles that read
+/* The tiles with the most work first, as a causal document's last ones have: thread blocks that take them in this order
+ * end together. Of one list, the KV heads of a tile follow each other; of many lists, the tiles that read
  * the same one do, so that its blocks are in L2. False where no row is in the tile. */
 static __device__ __forceinline__ bool
 take_tile(const lr_cuda_fold &a, int group, int n_tiles, int tile_rows, int work, tile &t)

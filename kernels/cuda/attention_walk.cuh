@@ -19,6 +19,7 @@ namespace lr::LR_CUDA_ACT
 
 constexpr int UNIT = 64; /* tile rows of a consumer warpgroup */
 constexpr int WARPGROUP = 128;
+constexpr int TILES_AHEAD = 4; /* that the walking warp hands out before they are begun */
 
 /* D channels, C consumer warpgroups, steps of KEYS keys. */
 template <int D, int C, int KEYS> struct tile_shape {
@@ -29,8 +30,8 @@ template <int D, int C, int KEYS> struct tile_shape {
     static constexpr int STAGES = D == 256 ? 4 - C : BLOCKS_AHEAD * BLOCK / KEYS;
     static constexpr int THREADS = (C + 1) * WARPGROUP;
     static constexpr int BLOCKS_EACH = D == 64 && C == 1 ? 2 : 1; /* thread blocks on a multiprocessor */
-    static constexpr int PRODUCER_REGISTERS = C == 3 ? 32 : C == 2 ? 40 : 24;
-    static constexpr int CONSUMER_REGISTERS = C == 3 ? 160 : 232;
+    static constexpr int PRODUCER_REGISTERS = C == 3 ? 32 : 40;
+    static constexpr int CONSUMER_REGISTERS = C == 3 ? 160 : BLOCKS_EACH == 2 ? 216 : 232;
 };
 
 template <int D, int C, int KEYS> struct attention_shared {
@@ -41,7 +42,65 @@ template <int D, int C, int KEYS> struct attention_shared {
     step_note notes[shape::STAGES];
     uint64_t k_full[shape::STAGES], v_full[shape::STAGES], k_empty[shape::STAGES], v_empty[shape::STAGES];
     uint64_t q_full[C], q_empty[C];
+    int work[TILES_AHEAD];
+    uint64_t work_full[TILES_AHEAD], work_empty[TILES_AHEAD];
 };
+
+/* Which piece of work a thread block does next: its own number first, then the next one that nobody has taken. A block
+ * whose multiprocessor was held by another kernel (a transfer that waits for its peer) begins late and does less.
+ * `taken` counts those numbers and, when it leaves, every block; both are 0 between launches, which follow each other
+ * on one stream. For the walking warp, all lanes together. */
+struct work_queue {
+    uint32_t *taken; /* [2] */
+    int n_work;
+
+    __device__ __forceinline__ bool is_shared() const
+    {
+        return n_work > static_cast<int>(gridDim.x);
+    }
+
+    __device__ __forceinline__ int take() const
+    {
+        int work = n_work;
+        if (is_shared() && threadIdx.x % 32 == 0)
+            work = static_cast<int>(gridDim.x + atomicAdd(&taken[0], 1u));
+        return __shfl_sync(0xffffffffu, work, 0);
+    }
+
+    /* Behind the last take: its number is known, so whoever leaves last is behind all of them. */
+    __device__ __forceinline__ void leave() const
+    {
+        if (is_shared() && threadIdx.x % 32 == 0 && atomicAdd(&taken[1], 1u) == gridDim.x - 1)
+            taken[0] = taken[1] = 0;
+    }
+};
+
+/* The walking warp tells all others of the thread block which work is the `round`-th; n_work or more: there is none. */
+template <int D, int C, int KEYS>
+static __device__ __forceinline__ void hand_out(attention_shared<D, C, KEYS> &s, uint32_t round, int work)
+{
+    const uint32_t slot = round % TILES_AHEAD, parity = round / TILES_AHEAD & 1;
+    if (threadIdx.x % 32 == 0) {
+        barrier_wait(&s.work_empty[slot], parity ^ 1);
+        s.work[slot] = work;
+        barrier_arrive(&s.work_full[slot]);
+    }
+    __syncwarp();
+}
+
+/* What was handed out, for every warp that works on it. */
+template <int D, int C, int KEYS>
+static __device__ __forceinline__ int receive(attention_shared<D, C, KEYS> &s, uint32_t round)
+{
+    const uint32_t slot = round % TILES_AHEAD, parity = round / TILES_AHEAD & 1;
+    int work = 0;
+    barrier_wait(&s.work_full[slot], parity);
+    if (threadIdx.x % 32 == 0) {
+        work = s.work[slot];
+        barrier_arrive(&s.work_empty[slot]);
+    }
+    return __shfl_sync(0xffffffffu, work, 0);
+}
 
 /* The walking warp's place in the ring, the same in all its lanes. */
 template <int D, int C, int KEYS> struct ring_writer {
