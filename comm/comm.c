@@ -182,6 +182,24 @@ lr_comm_sum_i64(struct lr_comm *comm, const char *label, int64_t *values, size_t
     return reduce(comm, LR_COMM_SUM, label, values, n_values, sizeof *values, err);
 }
 
+enum lr_status lr_comm_pass_start(struct lr_comm *comm,
+                                  const char *label,
+                                  int from,
+                                  const void *data,
+                                  int to,
+                                  void *received,
+                                  size_t size_bytes,
+                                  struct lr_comm_request *request,
+                                  struct lr_error *err)
+{
+    if (request->pending)
+        return lr_fail(err, LR_INVALID, "the request of '%s' is still in flight", label);
+    LR_TRY(enter(comm, label, err));
+    LR_TRY(check_rank(comm, label, from, err));
+    LR_TRY(check_rank(comm, label, to, err));
+    return leave(comm, comm->ops->pass(comm, label, from, data, to, received, size_bytes, request, err));
+}
+
 enum lr_status lr_comm_pass(struct lr_comm *comm,
                             const char *label,
                             int from,
@@ -191,10 +209,9 @@ enum lr_status lr_comm_pass(struct lr_comm *comm,
                             size_t size_bytes,
                             struct lr_error *err)
 {
-    LR_TRY(enter(comm, label, err));
-    LR_TRY(check_rank(comm, label, from, err));
-    LR_TRY(check_rank(comm, label, to, err));
-    return leave(comm, comm->ops->pass(comm, label, from, data, to, received, size_bytes, err));
+    struct lr_comm_request request = {0};
+    LR_TRY(lr_comm_pass_start(comm, label, from, data, to, received, size_bytes, &request, err));
+    return lr_comm_wait(comm, &request, err);
 }
 
 enum lr_status lr_comm_wait(struct lr_comm *comm, struct lr_comm_request *request, struct lr_error *err)

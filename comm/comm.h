@@ -156,6 +156,15 @@ LR_MUST_USE enum lr_status lr_comm_pass(struct lr_comm *comm,
                                         void *received,
                                         size_t size_bytes,
                                         struct lr_error *err);
+LR_MUST_USE enum lr_status lr_comm_pass_start(struct lr_comm *comm,
+                                              const char *label,
+                                              int from,
+                                              const void *data,
+                                              int to,
+                                              void *received,
+                                              size_t size_bytes,
+                                              struct lr_comm_request *request,
+                                              struct lr_error *err);
 
 /* Waits for a started operation; does nothing for one that is not in flight. */
 LR_MUST_USE enum lr_status lr_comm_wait(struct lr_comm *comm, struct lr_comm_request *request, struct lr_error *err);

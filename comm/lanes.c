@@ -355,6 +355,7 @@ enum lr_status lr_lanes_pass(struct lr_comm *comm,
                              int to,
                              void *received,
                              size_t size_bytes,
+                             struct lr_comm_request *request,
                              struct lr_error *err)
 {
     if (from == to && comm->rank == to)
@@ -369,7 +370,9 @@ enum lr_status lr_lanes_pass(struct lr_comm *comm,
         set_send(&exchange->lanes[to], data, size_bytes);
     else
         set_receive(&exchange->lanes[from], received, size_bytes);
-    return launch_and_finish(comm, exchange, err);
+    LR_TRY(launch(comm, exchange, err));
+    request->pending = &exchange->step;
+    return LR_OK;
 }
 
 enum lr_status lr_lanes_wait(struct lr_comm *comm, struct lr_comm_step *step, struct lr_error *err)

@@ -290,6 +290,7 @@ static struct lr_comm_step step_of(enum lr_comm_kind kind, const char *label)
     return step;
 }
 
+/* Behind the exchange: kernels that start meanwhile would hold up a copy, and so the others. */
 static enum lr_status
 copy_home(struct device_links *device, void *to, const void *from, size_t size_bytes, struct lr_error *err)
 {
@@ -414,8 +415,9 @@ static enum lr_status launch_gather(struct lr_comm *comm,
     if (equal) {
         result = ncclAllGather(data, received, mine, ncclUint8, device->nccl, device->own);
     } else {
-        LR_TRY(copy_home(device, mine > 0 ? received + before : NULL, data, mine, err));
         result = lr_nccl_exchange(comm, data, true, device->sends, received, sizes);
+        if (result == ncclSuccess)
+            LR_TRY(copy_home(device, mine > 0 ? received + before : NULL, data, mine, err));
     }
     return hand_over(comm, result, started, request, err);
 }
@@ -453,9 +455,10 @@ static enum lr_status launch_all_to_all(struct lr_comm *comm,
     }
     LR_TRY(note(comm, &started->step, 0, sends, receives, err));
     LR_TRY(open_step(comm, err));
-    if (own > 0)
+    ncclResult_t result = lr_nccl_exchange(comm, data, false, sends, received, receives);
+    if (result == ncclSuccess && own > 0)
         LR_TRY(copy_home(device, received + to, data + from, own, err));
-    return hand_over(comm, lr_nccl_exchange(comm, data, false, sends, received, receives), started, request, err);
+    return hand_over(comm, result, started, request, err);
 }
 
 static enum lr_status nccl_all_to_all(struct lr_comm *comm,
@@ -508,18 +511,20 @@ static enum lr_status nccl_reduce(struct lr_comm *comm,
 
 /* Who is not named notes the step and launches nothing. */
 static enum lr_status launch_pass(struct lr_comm *comm,
-                                  struct lr_comm_step *step,
+                                  struct started *started,
                                   int from,
                                   const void *data,
                                   int to,
                                   void *received,
                                   size_t size_bytes,
+                                  struct lr_comm_request *request,
                                   struct lr_error *err)
 {
     struct device_links *device = device_of(comm);
     uint64_t common = (uint64_t)from << 52 ^ (uint64_t)to << 40 ^ size_bytes;
-    LR_TRY(note(comm, step, common, NULL, NULL, err));
-    if (size_bytes == 0 || (comm->rank != from && comm->rank != to))
+    LR_TRY(note(comm, &started->step, common, NULL, NULL, err));
+    started->used = size_bytes > 0 && (comm->rank == from || comm->rank == to);
+    if (!started->used)
         return LR_OK;
     LR_TRY(open_step(comm, err));
     ncclResult_t result = ncclSuccess;
@@ -529,7 +534,7 @@ static enum lr_status launch_pass(struct lr_comm *comm,
         result = ncclSend(data, size_bytes, ncclUint8, to, device->nccl, device->own);
     else
         result = ncclRecv(received, size_bytes, ncclUint8, from, device->nccl, device->own);
-    return end_step(comm, result, step, err);
+    return hand_over(comm, result, started, request, err);
 }
 
 static enum lr_status nccl_pass(struct lr_comm *comm,
@@ -539,12 +544,14 @@ static enum lr_status nccl_pass(struct lr_comm *comm,
                                 int to,
                                 void *received,
                                 size_t size_bytes,
+                                struct lr_comm_request *request,
                                 struct lr_error *err)
 {
-    struct lr_comm_step step = step_of(LR_COMM_PASS, label);
+    struct started *started;
+    LR_TRY(take_started(comm, LR_COMM_PASS, label, &started, err));
     comm->stats.sent_bytes += comm->rank == from && from != to ? size_bytes : 0;
     comm->stats.received_bytes += comm->rank == to && from != to ? size_bytes : 0;
-    return ended(comm, launch_pass(comm, &step, from, data, to, received, size_bytes, err));
+    return ended(comm, launch_pass(comm, started, from, data, to, received, size_bytes, request, err));
 }
 
 /* ---- units ---- */

@@ -84,6 +84,7 @@ struct lr_comm_ops {
                            int to,
                            void *received,
                            size_t size_bytes,
+                           struct lr_comm_request *request,
                            struct lr_error *err);
     enum lr_status (*wait)(struct lr_comm *comm, struct lr_comm_step *step, struct lr_error *err);
     void (*poll)(struct lr_comm *comm);
@@ -172,6 +173,7 @@ enum lr_status lr_lanes_pass(struct lr_comm *comm,
                              int to,
                              void *received,
                              size_t size_bytes,
+                             struct lr_comm_request *request,
                              struct lr_error *err);
 enum lr_status lr_lanes_wait(struct lr_comm *comm, struct lr_comm_step *step, struct lr_error *err);
 enum lr_status lr_lanes_check(struct lr_comm *comm, struct lr_error *err);

@@ -25,7 +25,7 @@ struct buffer {
     bool uploading;
 };
 
-/* A started gather or all-to-all. `step` comes first: lr_comm_request holds a pointer to it. What came lies in
+/* A started gather, all-to-all or pass. `step` comes first: lr_comm_request holds a pointer to it. What came lies in
  * `received`: `before` bytes of the workers before this one, `gap` bytes that are its own, `after` bytes of those after
  * it. */
 struct flight {
@@ -289,6 +289,51 @@ static enum lr_status staged_all_to_all(struct lr_comm *comm,
     return LR_OK;
 }
 
+/* The host's pass names the same two workers; what stays at home is not the host's to copy. */
+static enum lr_status launch_pass(struct lr_comm *comm,
+                                  struct flight *flight,
+                                  const char *label,
+                                  int from,
+                                  const void *data,
+                                  int to,
+                                  size_t size_bytes,
+                                  struct lr_error *err)
+{
+    struct staged *staged = staged_of(comm);
+    size_t sent = comm->rank == from && from != to ? size_bytes : 0;
+    LR_TRY(take_buffer(staged, sent, &flight->sent, err));
+    LR_TRY(take_buffer(staged, flight->before, &flight->received, err));
+    LR_TRY(download(comm, base_of(flight->sent, 0), data, sent, err));
+    comm->stats.sent_bytes += sent;
+    return lr_comm_pass_start(staged->links.host, label, from, base_of(flight->sent, 0), to,
+                              base_of(flight->received, 0), from == to ? 0 : size_bytes, &flight->host, err);
+}
+
+static enum lr_status staged_pass(struct lr_comm *comm,
+                                  const char *label,
+                                  int from,
+                                  const void *data,
+                                  int to,
+                                  void *received,
+                                  size_t size_bytes,
+                                  struct lr_comm_request *request,
+                                  struct lr_error *err)
+{
+    struct flight *flight;
+    LR_TRY(take_flight(comm, LR_COMM_PASS, label, &flight, err));
+    flight->before = comm->rank == to && from != to ? size_bytes : 0;
+    flight->to = received;
+    enum lr_status status = launch_pass(comm, flight, label, from, data, to, size_bytes, err);
+    if (status != LR_OK) {
+        release_flight(flight);
+        return status;
+    }
+    if (comm->rank == from && from == to)
+        copy_home(staged_of(comm), received, data, size_bytes);
+    started(comm, flight, request);
+    return LR_OK;
+}
+
 static enum lr_status staged_wait(struct lr_comm *comm, struct lr_comm_step *step, struct lr_error *err)
 {
     struct staged *staged = staged_of(comm);
@@ -355,37 +400,6 @@ static enum lr_status staged_reduce(struct lr_comm *comm,
         return status;
     comm->stats.sent_bytes += size_bytes;
     comm->stats.received_bytes += size_bytes;
-    return LR_OK;
-}
-
-static enum lr_status staged_pass(struct lr_comm *comm,
-                                  const char *label,
-                                  int from,
-                                  const void *data,
-                                  int to,
-                                  void *received,
-                                  size_t size_bytes,
-                                  struct lr_error *err)
-{
-    struct staged *staged = staged_of(comm);
-    bool sends = comm->rank == from && from != to, receives = comm->rank == to && from != to;
-    struct buffer *buffer;
-    comm->sequence++;
-    if (comm->rank == from && from == to)
-        copy_home(staged, received, data, size_bytes);
-    LR_TRY(take_buffer(staged, sends || receives ? size_bytes : 0, &buffer, err));
-    void *staging = base_of(buffer, 0);
-    size_t host_bytes = from == to ? 0 : size_bytes; /* what stays at home is not the host's to copy */
-    enum lr_status status = download(comm, staging, data, sends ? size_bytes : 0, err);
-    if (status == LR_OK)
-        status = lr_comm_pass(staged->links.host, label, from, staging, to, staging, host_bytes, err);
-    if (status == LR_OK)
-        upload(staged, received, buffer, 0, receives ? size_bytes : 0);
-    release_buffer(buffer);
-    if (status != LR_OK)
-        return status;
-    comm->stats.sent_bytes += sends ? size_bytes : 0;
-    comm->stats.received_bytes += receives ? size_bytes : 0;
     return LR_OK;
 }
 

@@ -389,6 +389,37 @@ static void check_pass(int from, int to, size_t size_bytes)
     release_buffer(received, size_bytes, "pass");
 }
 
+/* Two passes under way at once, each the other's way, with a collective in between. */
+static void check_started_passes(int first, int second, size_t size_bytes)
+{
+    struct lr_error err;
+    struct lr_comm_request there = {0}, back = {0};
+    unsigned char *data[2], *received[2];
+    int from[2] = {first, second}, to[2] = {second, first};
+    uint64_t steps[2];
+    for (int i = 0; i < 2; i++) {
+        steps[i] = ++step;
+        data[i] = take_buffer(size_bytes);
+        received[i] = take_buffer(size_bytes);
+        if (comm->rank == from[i])
+            fill(data[i], size_bytes, step, from[i], to[i]);
+        must(lr_comm_pass_start(comm, label_of("pass_start"), from[i], data[i], to[i], received[i], size_bytes,
+                                i == 0 ? &there : &back, &err),
+             "pass_start", &err);
+    }
+    check_broadcast(comm->size - 1, 1000);
+    must(lr_comm_wait(comm, &back, &err), "wait for the second pass", &err);
+    must(lr_comm_wait(comm, &there, &err), "wait for the first pass", &err);
+    for (int i = 0; i < 2; i++) {
+        if (comm->rank == to[i])
+            check(received[i], size_bytes, steps[i], from[i], to[i], "pass_start");
+        else
+            check_untouched(received[i], size_bytes);
+        release_buffer(data[i], size_bytes, "pass_start");
+        release_buffer(received[i], size_bytes, "pass_start");
+    }
+}
+
 static void check_barrier(void)
 {
     struct lr_error err;
@@ -421,6 +452,8 @@ static void check_in_flight(int turn, int edges)
     }
     check_all_to_all_v(-1, edges);
     check_pass(0, comm->size - 1, 441);
+    check_started_passes(0, comm->size - 1, 70000);
+    check_started_passes(comm->size / 2, 0, 0);
     for (int i = 0; i < N_STARTED; i++)
         wait_and_check(&flights[(i * 2 + turn) % N_STARTED]);
 }

@@ -268,6 +268,30 @@ static void place_mine(const struct lr_step *step, int64_t layer, const int32_t 
             where[i] = blocks[i] < own ? place[n_home++] : my_block(step, layer, blocks[i]);
 }
 
+/* Blocks of mine that others need, one behind the other; those that lie side by side are copied together. */
+static void pack_needs(const struct lr_step *step, int64_t layer, const struct needs *needs, char *outgoing)
+{
+    const struct lr_session *session = step->session;
+    const struct lr_engine *engine = session->engine;
+    const char *from = NULL;
+    size_t n_bytes = 0;
+    for (int r = 0; r < engine->links->size; r++)
+        for (int64_t i = needs->first[r]; r != engine->links->rank && i < needs->end[r]; i++) {
+            if (lr_session_block_owner(session, needs->blocks[i]) != engine->links->rank)
+                continue;
+            const char *block = my_block(step, layer, needs->blocks[i]);
+            if (n_bytes > 0 && block != from + n_bytes) {
+                engine->ops->memory.copy(&engine->exec, outgoing, from, n_bytes);
+                outgoing += n_bytes;
+                n_bytes = 0;
+            }
+            from = n_bytes > 0 ? from : block;
+            n_bytes += session->block_bytes;
+        }
+    if (n_bytes > 0)
+        engine->ops->memory.copy(&engine->exec, outgoing, from, n_bytes);
+}
+
 /* Where each block that I need is: on this device, or in `fetched`. */
 static enum lr_status
 fetch_needs(struct lr_step *step, int64_t layer, const struct needs *needs, const char **where, struct lr_error *err)
@@ -283,14 +307,7 @@ fetch_needs(struct lr_step *step, int64_t layer, const struct needs *needs, cons
                        (long long)travel.n_send, (long long)travel.n_receive);
     int64_t first = needs->first[comm->rank];
     place_mine(step, layer, needs->blocks + first, needs->end[comm->rank] - first, where);
-    char *next = outgoing;
-    for (int r = 0; r < comm->size; r++)
-        for (int64_t i = needs->first[r]; r != comm->rank && i < needs->end[r]; i++)
-            if (lr_session_block_owner(session, needs->blocks[i]) == comm->rank) {
-                engine->ops->memory.copy(&engine->exec, next, my_block(step, layer, needs->blocks[i]),
-                                         session->block_bytes);
-                next += session->block_bytes;
-            }
+    pack_needs(step, layer, needs, outgoing);
     LR_TRY(lr_comm_all_to_all_v(comm, "kv blocks", outgoing, travel.send, fetched, travel.receive, err));
     size_t *offsets = LR_STEP_TABLE(session, size_t, comm->size);
     size_t offset = 0;

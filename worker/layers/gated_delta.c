@@ -67,11 +67,15 @@ static struct lr_step_bytes extend_bytes(const struct lr_model_dims *dims,
                                   .tables = 2 * lr_tensor_bytes(n_rows, sizeof(void *))};
 }
 
-/* The convolution inputs just before each worker's segment. `tails` holds
- * [n_workers][taps-1][channels]: the last rows of every worker's segment, gathered; all but the
- * last active segment are longer than a tail. */
-static enum lr_status
-gather_tails(struct lr_step *step, const lr_act *in, int64_t in_stride, lr_act *tails, struct lr_error *err)
+/* Starts to gather the convolution inputs just before each worker's segment. `tails` holds
+ * [n_workers][taps-1][channels]: the last rows of every worker's segment; all but the last active segment are longer
+ * than a tail. */
+static enum lr_status gather_tails(struct lr_step *step,
+                                   const lr_act *in,
+                                   int64_t in_stride,
+                                   lr_act *tails,
+                                   struct lr_comm_request *request,
+                                   struct lr_error *err)
 {
     struct lr_session *session = step->session;
     const struct lr_engine *engine = session->engine;
@@ -86,7 +90,7 @@ gather_tails(struct lr_step *step, const lr_act *in, int64_t in_stride, lr_act *
     int64_t rows = lr_min_i64(step->n_rows, taps);
     ops->memory.copy_rows(&engine->exec, mine, row_bytes, lr_act_at(ops, in, (step->n_rows - rows) * in_stride),
                           (size_t)in_stride * lr_act_bytes(ops), row_bytes, rows);
-    return lr_comm_all_gather_v(engine->links, "convolution tails", mine, sizes, tails, err);
+    return lr_comm_all_gather_v_start(engine->links, "convolution tails", mine, sizes, tails, request, err);
 }
 
 /* The session's tail after the wave: the last taps-1 rows of (what came before, the last active
@@ -109,13 +113,20 @@ static void advance_tail(const struct lr_step *step, const lr_act *tails, lr_act
                  (size_t)rows * row_bytes);
 }
 
-/* Hands the state through the wave's workers in order. s_in: the state that enters my segment. */
+/* States on their way: to the next worker, and from the last one to the next wave. */
+struct passes {
+    struct lr_comm_request onward, home;
+};
+
+/* Hands the state through the wave's workers in order. s_in: the state that enters my segment. What I send, and what
+ * the next wave starts from, is under way when this returns: end_passes. */
 static enum lr_status scan_states(struct lr_step *step,
                                   float *session_state,
                                   const float *m,
                                   const float *b,
                                   float *s_in,
                                   float *s_out,
+                                  struct passes *passes,
                                   struct lr_error *err)
 {
     struct lr_engine *engine = step->session->engine;
@@ -126,8 +137,11 @@ static enum lr_status scan_states(struct lr_step *step,
     if (links->rank == 0)
         memory->copy(&engine->exec, s_in, session_state, bytes);
     for (int r = 0; r <= last; r++) {
-        if (r > 0)
-            LR_TRY(lr_comm_pass(links, "delta state", r - 1, s_out, r, s_in, bytes, err));
+        if (r > 0) {
+            struct lr_comm_request other = {0}, *request = links->rank == r - 1 ? &passes->onward : &other;
+            LR_TRY(lr_comm_pass_start(links, "delta state", r - 1, s_out, r, s_in, bytes, request, err));
+            LR_TRY(lr_comm_wait(links, &other, err));
+        }
         if (r == links->rank) {
             struct lr_delta_fold_args fold = {
                 .shape = engine->model.dims.delta, .m = m, .b = b, .s_in = s_in, .s_out = s_out};
@@ -135,25 +149,25 @@ static enum lr_status scan_states(struct lr_step *step,
         }
     }
     if (last > 0)
-        return lr_comm_pass(links, "delta state", last, s_out, 0, session_state, bytes, err);
+        return lr_comm_pass_start(links, "delta state", last, s_out, 0, session_state, bytes, &passes->home, err);
     if (links->rank == 0)
         memory->copy(&engine->exec, session_state, s_out, bytes);
     return LR_OK;
 }
 
-/* Normalises q and k, which stand in the first columns of the convolution's output, and makes beta
- * and g. */
-static void prepare_qk_gates(const struct lr_step *step,
-                             const struct lr_gated_delta_weights *w,
-                             lr_act *mixed,
-                             const lr_act *in,
-                             float *beta,
-                             float *g)
+static enum lr_status end_passes(const struct lr_step *step, struct passes *passes, struct lr_error *err)
+{
+    struct lr_comm *links = step->session->engine->links;
+    LR_TRY(lr_comm_wait(links, &passes->onward, err));
+    return lr_comm_wait(links, &passes->home, err);
+}
+
+/* q and k stand in the first columns of the convolution's output. */
+static void normalise_qk(const struct lr_step *step, lr_act *mixed)
 {
     const struct lr_engine *engine = step->session->engine;
     const struct lr_model_dims *dims = &engine->model.dims;
     const struct lr_delta_shape *s = &dims->delta;
-    struct columns c = columns_of(dims);
     struct lr_l2norm_args norm = {.x = mixed,
                                   .x_stride = dims->conv_channels,
                                   .n_rows = step->n_rows,
@@ -162,9 +176,16 @@ static void prepare_qk_gates(const struct lr_step *step,
                                   .eps = 1e-6f,
                                   .scale = 1.0f / sqrtf((float)s->dk)};
     engine->ops->l2norm(&engine->exec, &norm);
-    norm.x = lr_act_at(engine->ops, mixed, c.k);
+    norm.x = lr_act_at(engine->ops, mixed, columns_of(dims).k);
     norm.scale = 1.0f;
     engine->ops->l2norm(&engine->exec, &norm);
+}
+
+static void make_gates(
+    const struct lr_step *step, const struct lr_gated_delta_weights *w, const lr_act *in, float *beta, float *g)
+{
+    const struct lr_engine *engine = step->session->engine;
+    struct columns c = columns_of(&engine->model.dims);
     struct lr_delta_gates_args gates = {.b = lr_act_at(engine->ops, in, c.b),
                                         .a = lr_act_at(engine->ops, in, c.a),
                                         .ba_stride = c.total,
@@ -173,7 +194,7 @@ static void prepare_qk_gates(const struct lr_step *step,
                                         .beta = beta,
                                         .g = g,
                                         .n_rows = step->n_rows,
-                                        .n_heads = s->n_v_heads};
+                                        .n_heads = engine->model.dims.delta.n_v_heads};
     engine->ops->delta_gates(&engine->exec, &gates);
 }
 
@@ -236,7 +257,13 @@ static enum lr_status prefill(struct lr_step *step, const struct lr_layer *layer
     project_in(step, w, in);
 
     lr_act *tails = lr_step_act(session, engine->links->size * tail);
-    LR_TRY(gather_tails(step, in, c.total, tails, err));
+    struct lr_comm_request tails_request = {0};
+    LR_TRY(gather_tails(step, in, c.total, tails, &tails_request, err));
+    float *beta = LR_STEP_TENSOR(session, float, n * s->n_v_heads);
+    float *g = LR_STEP_TENSOR(session, float, n * s->n_v_heads);
+    make_gates(step, w, in, beta, g);
+    LR_TRY(lr_comm_wait(engine->links, &tails_request, err));
+
     int rank = engine->links->rank;
     lr_act *mixed = lr_step_act(session, n * channels);
     struct lr_conv_args conv = {.x = in,
@@ -252,10 +279,7 @@ static enum lr_status prefill(struct lr_step *step, const struct lr_layer *layer
     if (n > 0)
         engine->ops->conv(&engine->exec, &conv);
     advance_tail(step, tails, session_tail);
-
-    float *beta = LR_STEP_TENSOR(session, float, n * s->n_v_heads);
-    float *g = LR_STEP_TENSOR(session, float, n * s->n_v_heads);
-    prepare_qk_gates(step, w, mixed, in, beta, g);
+    normalise_qk(step, mixed);
 
     float *m = LR_STEP_TENSOR(session, float, s->n_v_heads * s->dk * s->dk);
     float *b = LR_STEP_TENSOR(session, float, lr_state_floats(dims));
@@ -272,13 +296,14 @@ static enum lr_status prefill(struct lr_step *step, const struct lr_layer *layer
                                             .work = LR_STEP_TENSOR(session, float, ops->delta_work_floats(*s, n))};
     if (n > 0)
         ops->delta_summary(&engine->exec, &segment, m, b);
-    LR_TRY(scan_states(step, session_state, m, b, s_in, s_out, err));
-    if (n == 0)
-        return LR_OK;
-    lr_act *o = lr_step_act(session, n * s->n_v_heads * s->dv);
-    ops->delta_output(&engine->exec, &segment, s_in, o, s->n_v_heads * s->dv);
-    finish(step, w, o, in);
-    return LR_OK;
+    struct passes passes = {0};
+    LR_TRY(scan_states(step, session_state, m, b, s_in, s_out, &passes, err));
+    if (n > 0) {
+        lr_act *o = lr_step_act(session, n * s->n_v_heads * s->dv);
+        ops->delta_output(&engine->exec, &segment, s_in, o, s->n_v_heads * s->dv);
+        finish(step, w, o, in);
+    }
+    return end_passes(step, &passes, err);
 }
 
 /* Slice by slice: every fork's convolution moves on by one token. */
@@ -327,7 +352,8 @@ static enum lr_status extend(struct lr_step *step, const struct lr_layer *layer,
     convolve_forks(step, layer, in, c.total, mixed);
     float *beta = LR_STEP_TENSOR(session, float, n * s->n_v_heads);
     float *g = LR_STEP_TENSOR(session, float, n * s->n_v_heads);
-    prepare_qk_gates(step, w, mixed, in, beta, g);
+    normalise_qk(step, mixed);
+    make_gates(step, w, in, beta, g);
 
     lr_act *o = lr_step_act(session, n * width);
     float **states = LR_STEP_TABLE(session, float *, batch->n_forks);
