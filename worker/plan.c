@@ -250,8 +250,8 @@ enum lr_status lr_session_divide(const struct lr_model_dims *dims,
     }
     if (least.kv_bytes > limit)
         return lr_fail(err, LR_NO_MEMORY,
-                       "keys and values of %.1f MiB may take %.1f MiB of %s memory, and to bring them from the host's "
-                       "takes at least %.1f MiB; allow more (--kv-device-memory), or take smaller segments "
+                       "keys and values of %.3f MiB may take %.3f MiB of %s memory, and to bring them from the host's "
+                       "takes at least %.3f MiB; allow more (--kv-device-memory), or take smaller segments "
                        "(--segment-tokens, now %lld)",
                        mib(plan.kv_bytes), mib(limit), ops->host_memory ? "the backend's" : "GPU", mib(least.kv_bytes),
                        (long long)options->segment_tokens);

@@ -41,6 +41,12 @@ static double gib(size_t bytes)
     return (double)bytes / (double)(1u << 30);
 }
 
+/* Keys and values of half the size, where the backend has them. */
+static const char *smaller_kv(const struct lr_engine *engine, const struct lr_session_options *options)
+{
+    return engine->ops->host_memory && options->kv_dtype == LR_F32 ? ", --kv-dtype bf16" : "";
+}
+
 /* Whether the plan fits: the backend's memory, and the host's behind it. */
 static enum lr_status check_plan(const struct lr_engine *engine,
                                  const struct lr_session_options *options,
@@ -54,10 +60,11 @@ static enum lr_status check_plan(const struct lr_engine *engine,
     if (plan.total_bytes > available)
         return lr_fail(err, LR_NO_MEMORY,
                        "%lld tokens on %d workers need %.2f GiB a worker (KV %.2f, states %.2f, "
-                       "forks %.2f, workspace %.2f) and %.2f GiB are free; use more workers, "
-                       "--kv-dtype bf16, fewer questions at once or a shorter document",
+                       "forks %.2f, workspace %.2f) and %.2f GiB are free; use more workers%s, fewer questions at once "
+                       "or a shorter document",
                        (long long)options->max_tokens, engine->comm->size, gib(plan.total_bytes), gib(plan.kv_bytes),
-                       gib(plan.state_bytes), gib(plan.fork_bytes), gib(plan.workspace_bytes), gib(available));
+                       gib(plan.state_bytes), gib(plan.fork_bytes), gib(plan.workspace_bytes), gib(available),
+                       smaller_kv(engine, options));
     int sharing = engine->comm->host_workers > 0 ? engine->comm->host_workers : 1;
     size_t free_bytes = memory->available_host() / (size_t)sharing;
     size_t host =
@@ -66,9 +73,10 @@ static enum lr_status check_plan(const struct lr_engine *engine,
         return lr_fail(
             err, LR_NO_MEMORY,
             "%lld tokens on %d workers have %.2f GiB of keys and values a worker that the backend's memory does "
-            "not hold, and %.2f GiB of host memory may be used for them; use more workers, --kv-dtype bf16, a "
-            "larger --kv-host-memory or a shorter document",
-            (long long)options->max_tokens, engine->comm->size, gib(plan.kv_host_bytes), gib(host));
+            "not hold, and %.2f GiB of host memory may be used for them; use more workers%s, a larger --kv-host-memory "
+            "or a shorter document",
+            (long long)options->max_tokens, engine->comm->size, gib(plan.kv_host_bytes), gib(host),
+            smaller_kv(engine, options));
     return LR_OK;
 }
 

@@ -54,7 +54,7 @@ done
 # What cannot be is said with its numbers.
 refused() { expect 1 "$1" "$longreach" logits --model $model --kv-dtype $kv --segment-tokens 128 --quiet --ids "$work/ids" --out "$work/no" \
     --attention full "$2" "$3" "$4" "$5"; }
-refused "MiB may take 0.1 MiB of" --kv-device-memory 128K --workers 1
-refused "takes at least 0.2 MiB" --kv-device-memory 128K --workers 1
+refused "MiB may take 0.125 MiB of" --kv-device-memory 128K --workers 1
+refused "takes at least 0.188 MiB" --kv-device-memory 128K --workers 1
 refused "and 0.00 GiB of host memory may be used for them" --kv-device-memory 192K --kv-host-memory 1M
 finish
