@@ -8,10 +8,11 @@
  *
  *   chunks of 64 tokens            inside: triangular products on the tensor cores
  *   sub-segments of LR_CUDA(recurrence_sub_tokens), counted from the sequence's first row: each gives (M, B)
- *   S_in -> sub-segment -> sub-segment -> ...    S' = M S + B in float32, in order
+ *   S_in -> sub-segment -> sub-segment -> ...    S' = M S + B in float32, in order; delta rule: whole groups of them
+ *                                                 before a sub-segment's own as one pair each
  *
  * So a result's bits depend on its sequence and position, not on what else the launch holds. Three steps:
- *   prepare   (M, B) of every sub-segment, into work
+ *   prepare   (M, B) of every sub-segment and group, into work
  *   summary   folds them into the (M, B) of each sequence: what sequence parallelism exchanges
  *   output    folds s_in through them and writes o and the final state
  *
@@ -65,7 +66,7 @@ int LR_CUDA(recurrence_prepare)(void *stream, const struct lr_recurrence_args *a
 int LR_CUDA(recurrence_summary)(void *stream, const struct lr_recurrence_args *args, float *m, float *b);
 
 /* o [n_rows, n_v_heads * dv], row stride o_stride. s_in [n_sequences, n_v_heads, dk, dv] or NULL
- * (zero), s_out the same or NULL (not wanted); s_out may be s_in. After prepare. */
+ * (zero), s_out the same or NULL (not wanted); s_out is not s_in. After prepare. */
 int LR_CUDA(recurrence_output)(
     void *stream, const struct lr_recurrence_args *args, const float *s_in, lr_act *o, int64_t o_stride, float *s_out);
 

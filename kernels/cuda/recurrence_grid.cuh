@@ -4,6 +4,12 @@
  * never collide and need no prefix sum over the sequences; some stay empty. n_slots = n_rows / sub + n_sequences; a
  * lone sequence has as many as it needs.
  *
+ * Groups: where the delta rule's sequences may have more slots than group_slots, group j of sequence i is slots
+ * first_slot(i) + j group_slots and those behind, and its pair lies in m and b like a slot's, at place n_slots +
+ * first_slot(i) / group_slots + i + j: the same cut once more.
+ *
+ *   m, b   | slots | groups |
+ *
  * States of slots lie transposed: a row for each column of S, dk long. So does M: a row for each of its columns. */
 #ifndef LR_KERNELS_CUDA_RECURRENCE_GRID_CUH
 #define LR_KERNELS_CUDA_RECURRENCE_GRID_CUH
@@ -26,12 +32,14 @@ struct recurrence_params {
     float scale;
     const int64_t *offsets;
     int64_t n_rows, n_sequences, n_slots;
+    int64_t n_groups; /* 0: no sequence has more than one, and none is folded beforehand */
+    int group_slots;
     int sub_tokens; /* a multiple of CHUNK */
     int n_v_heads, heads_per_k_head;
     int dk, dv;
     act *inverses; /* [slot, chunk, head, 64, 64]: (I + L)^-1 diag(beta) */
     float *m;                /* delta: [slot, head, dk (column), dk (row)];  decay: [slot, head] log2 of the factor */
-    float *b;                /* [slot, head, dv, dk] */
+    float *b;                /* [slot, head, dv, dk]; groups' places follow the slots' in m and b */
     float *entering;         /* [slot, head, dv, dk]: the state that enters the sub-segment */
     act *o;
     int64_t o_stride;
@@ -86,6 +94,27 @@ static __device__ __forceinline__ struct slot_range slots_of(const recurrence_pa
     const int64_t begin = p.offsets != nullptr ? p.offsets[sequence] : 0;
     const int64_t end = p.offsets != nullptr ? p.offsets[sequence + 1] : p.n_rows;
     return {begin / sub + sequence, (end - begin + sub - 1) / sub};
+}
+
+static __device__ __forceinline__ int64_t
+first_group_of(const recurrence_params &p, int64_t first_slot, int64_t sequence)
+{
+    return first_slot / p.group_slots + sequence;
+}
+
+static __device__ __forceinline__ int64_t sequence_of_group(const recurrence_params &p, int64_t group)
+{
+    int64_t low = 0;
+    int64_t high = p.n_sequences;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        if (first_group_of(p, p.offsets[middle] / p.sub_tokens + middle, middle) <= group) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
 }
 
 /* One token's gate as it lies in memory; 0, no decay, where there is none. */

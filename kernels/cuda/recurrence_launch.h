@@ -20,6 +20,9 @@ cudaError_t launch_recurrence_pass_portable(cudaStream_t stream, const recurrenc
 /* The same without tensor cores, any dk and dv up to 256; needs no inverses. */
 cudaError_t launch_recurrence_plain(cudaStream_t stream, const recurrence_params &p, bool delta, bool output);
 
+/* p.m and p.b of each group's slots folded into the group's own; where p.n_groups is not 0, before the two below. */
+cudaError_t launch_recurrence_fold_groups(cudaStream_t stream, const recurrence_params &p);
+
 /* s_in (NULL: zero) through p.m and p.b of each sequence's slots: p.entering and, unless NULL, s_out. */
 cudaError_t
 launch_recurrence_scan(cudaStream_t stream, const recurrence_params &p, bool delta, const float *s_in, float *s_out);

@@ -1,18 +1,28 @@
 /* The affine maps of a sequence's slots, one after the other, all in float32: S' = M S + B.
  *
  *   scan   from s_in: the state that enters each slot, and the one that leaves the last
- *   fold   from nothing and from the identity at once: the (M, B) of the whole sequence
+ *   fold   from the first pair on: the (M, B) of the whole sequence
  *
  * The columns of S do not meet, so a block takes 16 of them through all slots:
  *
  *   St [16, dk] in shared memory     M, 32 of its columns at a time, through a ring of tiles that runs ahead
  *   warp: 16 rows of S;  St'[c, i] = Bt[c, i] + sum over k of St[c, k] Mt[k, i], k ascending
  *
+ * A step is mostly latency, so a sequence of many slots goes in groups (recurrence_grid.cuh): shorter chains.
+ *
+ *   fold of the groups   side by side, the slots of each           group_slots - 1 steps
+ *   fold                 the groups' pairs                         n_groups - 1
+ *   scan                 side by side: the pairs of the groups
+ *                        before, then the group's own slots        at most n_groups + group_slots - 1
+ *
+ * Groups are counted from the sequence's first slot: what enters a slot is a function of its position, not of how many
+ * slots follow. Other dims and the decay rule have no groups.
+ *
  * The products run on the tensor cores, each float as two tf32 numbers, x = high + low: high high + (high low + low
  * high) loses 2^-22 of a product, a float32's rounding is 2^-24. (One tf32 product loses 2^-11, which a chain of a
  * thousand slots turns into percents.)
  *
- * A fold is the same scan over more columns: those behind dv start as the identity's and have no B. */
+ * A fold is the same scan over more columns: those behind dv are M's. */
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/recurrence_grid.cuh"
 #include "kernels/cuda/recurrence_launch.h"
@@ -25,18 +35,20 @@ constexpr int TILE_K = 32;
 /* Tiles on their way: within 99 KiB of shared memory, sm_86's most. */
 template <int DK> constexpr int SCAN_STAGES = DK == 128 ? 4 : 6;
 
-/* Where a column starts and ends: rows of S_in, S_out [dk, dv] or of the folded pair. */
+enum scan_kind { SCAN, FOLD, FOLD_GROUPS };
+
+/* Where a column starts and ends: rows of S_in, S_out [dk, dv] or of the folded pair. Groups' pairs go to p.m, p.b. */
 struct scan_ends {
+    enum scan_kind kind;
     const float *s_in; /* [n_sequences, n_v_heads, dk, dv] or NULL: zero */
     float *s_out;      /* or NULL */
-    float *m, *b;      /* a fold's */
-    bool fold;
+    float *m, *b;      /* FOLD's */
 };
 
 static __device__ __forceinline__ float
 first_value(const scan_ends &e, const recurrence_params &p, int64_t sequence_head, int row, int column)
 {
-    if (e.fold) {
+    if (e.kind == FOLD) {
         return column - p.dv == row ? 1.0f : 0.0f;
     }
     return e.s_in != nullptr ? e.s_in[(sequence_head * p.dk + row) * p.dv + column] : 0.0f;
@@ -46,12 +58,79 @@ static __device__ __forceinline__ void
 store_last(const scan_ends &e, const recurrence_params &p, int64_t sequence_head, int row, int column, float x)
 {
     const int64_t at = sequence_head * p.dk + row;
-    if (e.fold && column >= p.dv) {
+    if (e.kind == FOLD && column >= p.dv) {
         e.m[at * p.dk + column - p.dv] = x;
-    } else if (e.fold) {
+    } else if (e.kind == FOLD) {
         e.b[at * p.dv + column] = x;
     } else if (e.s_out != nullptr) {
         e.s_out[at * p.dv + column] = x;
+    }
+}
+
+/* The pairs that a block goes through, as places in p.m and p.b: `lead` of groups, then n of its own. */
+struct scan_steps {
+    int64_t sequence;
+    int64_t lead_slot, slot;
+    int lead, n;
+    int64_t to; /* FOLD_GROUPS: the place of the result */
+    bool last;  /* of its sequence */
+    bool idle;
+};
+
+/* `z`: a sequence, or a group where the kind goes by groups. */
+static __device__ __forceinline__ struct scan_steps steps_of(const recurrence_params &p, enum scan_kind kind, int64_t z)
+{
+    struct scan_steps s = {};
+    const bool by_groups = p.n_groups > 0 && kind != FOLD;
+    s.sequence = by_groups ? sequence_of_group(p, z) : z;
+    const struct slot_range slots = slots_of(p, s.sequence);
+    const int64_t first_group = first_group_of(p, slots.first, s.sequence);
+    const int64_t group = by_groups ? z - first_group : 0;
+    s.slot = slots.first;
+    int64_t n = slots.n;
+    if (by_groups) {
+        s.slot += group * p.group_slots;
+        n = slots.n - group * p.group_slots;
+        s.idle = n <= 0 && (group > 0 || kind == FOLD_GROUPS); /* a scan of no slots hands s_in on */
+        s.last = n <= p.group_slots;
+        n = n < 0 ? 0 : n < p.group_slots ? n : p.group_slots;
+        s.lead = kind == SCAN ? static_cast<int>(group) : 0;
+        s.lead_slot = p.n_slots + first_group;
+        s.to = p.n_slots + z;
+    } else {
+        s.last = true;
+        if (p.n_groups > 0) {
+            s.slot = p.n_slots + first_group;
+            n = (slots.n + p.group_slots - 1) / p.group_slots;
+        }
+    }
+    s.n = static_cast<int>(n);
+    return s;
+}
+
+/* What a lane holds of 16 rows and 16 columns of a transposed state, [columns, PITCH]; `from` and `to` are its first
+ * element. */
+template <int PITCH> static __device__ __forceinline__ void load_rows(float (&x)[2][4], const float *from)
+{
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const float2 pair = *reinterpret_cast<const float2 *>(from + 8 * h + 8 * c * PITCH);
+            x[h][2 * c] = pair.x;
+            x[h][2 * c + 1] = pair.y;
+        }
+    }
+}
+
+template <int PITCH> static __device__ __forceinline__ void store_rows(float *to, const float (&x)[2][4])
+{
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            *reinterpret_cast<float2 *>(to + 8 * h + 8 * c * PITCH) = make_float2(x[h][2 * c], x[h][2 * c + 1]);
+        }
     }
 }
 
@@ -71,13 +150,14 @@ static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* Grid (blocks of 16 columns, heads, sequences), a warp for every 16 rows. Lane l holds columns l / 4 and l / 4 + 8,
- * rows 2 (l % 4) and the next one of each 8. */
+/* Grid (blocks of 16 columns, heads, sequences or groups), a warp for every 16 rows. Lane l holds columns l / 4 and
+ * l / 4 + 8, rows 2 (l % 4) and the next one of each 8. */
 template <int DK>
 static __global__ void __launch_bounds__(2 * DK) scan_kernel(const recurrence_params p, const scan_ends ends)
 {
     constexpr int N_THREADS = 2 * DK;
     constexpr int TILES = DK / TILE_K;
+    constexpr int N_STAGES = SCAN_STAGES<DK>;
     constexpr int M_PITCH = DK + 8; /* with these neither operand's loads meet in a bank */
     constexpr int S_PITCH = DK + 4;
     constexpr int TILE = TILE_K * M_PITCH;
@@ -89,16 +169,28 @@ static __global__ void __launch_bounds__(2 * DK) scan_kernel(const recurrence_pa
     const int first_row = thread / 32 * 16;
     const int head = blockIdx.y;
     const int column = blockIdx.x * SCAN_COLUMNS + lane / 4;
-    const bool has_b = column < p.dv;
-    const int64_t sequence_head = static_cast<int64_t>(blockIdx.z) * p.n_v_heads + head;
-    const struct slot_range slots = slots_of(p, blockIdx.z);
-    const int64_t n_tiles = slots.n * TILES;
+    const bool has_b = column < p.dv; /* the same for a block's columns */
+    const bool scans = ends.kind == SCAN;
+    /* the last group has the longest way: it starts first */
+    const struct scan_steps steps = steps_of(p, ends.kind, gridDim.z - 1 - blockIdx.z);
+    if (steps.idle) {
+        return;
+    }
+    const int64_t sequence_head = steps.sequence * p.n_v_heads + head;
+    const bool leaves = scans && steps.last && ends.s_out != nullptr;
+    /* Products of the pairs [first, end). A fold starts as the first pair; what leaves the last slot may not be asked
+     * for. */
+    const int first = !scans && steps.n > 0;
+    const int end = steps.lead + steps.n - (scans && !leaves && steps.n > 0);
+    const int n_tiles = (end - first) * TILES;
 
-    auto issue = [&](int64_t tile) {
+    auto slot_head_of = [&](int j) {
+        return (j < steps.lead ? steps.lead_slot + j : steps.slot + (j - steps.lead)) * p.n_v_heads + head;
+    };
+    auto issue = [&](int tile, int stage) {
         if (tile < n_tiles) {
-            const int64_t slot_head = (slots.first + tile / TILES) * p.n_v_heads + head;
-            const float *from = p.m + slot_head * DK * DK + tile % TILES * TILE_K * DK;
-            const uint32_t to = shared_address(ring + tile % SCAN_STAGES<DK> * TILE);
+            const float *from = p.m + slot_head_of(first + tile / TILES) * DK * DK + tile % TILES * TILE_K * DK;
+            const uint32_t to = shared_address(ring + stage * TILE);
 #pragma unroll
             for (int i = 0; i < TILE_K * DK / 4 / N_THREADS; i++) {
                 const int at = (thread + i * N_THREADS) * 4;
@@ -108,96 +200,112 @@ static __global__ void __launch_bounds__(2 * DK) scan_kernel(const recurrence_pa
         copy_commit();
     };
     /* Element r of half h: row first_row + 8 h + 2 (lane % 4) + r % 2, column + 8 (r / 2). */
-    const int64_t lane_offset = static_cast<int64_t>(column) * DK + first_row + 2 * (lane % 4);
-    float next[2][4];
-    auto fetch_b = [&](int64_t j) {
-        const float *b = p.b + ((slots.first + j) * p.n_v_heads + head) * p.dv * DK + lane_offset;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-                const float2 pair = has_b && j < slots.n ? *reinterpret_cast<const float2 *>(b + 8 * h + 8 * c * DK)
-                                                         : make_float2(0.0f, 0.0f);
-                next[h][2 * c] = pair.x;
-                next[h][2 * c + 1] = pair.y;
-            }
+    const int lane_row = first_row + 2 * (lane % 4);
+    const int64_t state_offset = static_cast<int64_t>(column) * DK + lane_row;
+    /* Where this lane's columns of a pair lie. */
+    auto pair_at = [&](int64_t slot_head) {
+        return has_b ? p.b + slot_head * p.dv * DK + state_offset : p.m + (slot_head * DK - p.dv) * DK + state_offset;
+    };
+    float next[2][4] = {};
+    auto fetch_b = [&](int j) {
+        if (has_b && j < end) {
+            load_rows<DK>(next, pair_at(slot_head_of(j)));
         }
     };
+    auto store_entering = [&](int j, const float(&x)[2][4]) {
+        store_rows<DK>(p.entering + slot_head_of(j) * p.dv * DK + state_offset, x);
+    };
 
-    for (int i = 0; i < SCAN_STAGES<DK> - 1; i++) {
-        issue(i);
+    for (int i = 0; i < N_STAGES - 1; i++) {
+        issue(i, i);
     }
     float x[2][4];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-            const int row = first_row + 8 * h + 2 * (lane % 4) + r % 2;
-            x[h][r] = first_value(ends, p, sequence_head, row, column + 8 * (r / 2));
-        }
-    }
-    fetch_b(0);
-    int64_t tile = 0;
-    for (int64_t j = 0; j < slots.n; j++) {
-        float *state = states[j % 2];
-        float *entering = p.entering + ((slots.first + j) * p.n_v_heads + head) * p.dv * DK + lane_offset;
-        float small[2][4] = {};
+    if (first > 0) {
+        load_rows<DK>(x, pair_at(slot_head_of(0)));
+    } else {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
 #pragma unroll
-            for (int c = 0; c < 2; c++) {
-                const float2 pair = make_float2(x[h][2 * c], x[h][2 * c + 1]);
-                *reinterpret_cast<float2 *>(state + (lane / 4 + 8 * c) * S_PITCH + first_row + 8 * h + 2 * (lane % 4)) =
-                    pair;
-                if (!ends.fold) {
-                    *reinterpret_cast<float2 *>(entering + 8 * h + 8 * c * DK) = pair;
-                }
-                x[h][2 * c] = next[h][2 * c];
-                x[h][2 * c + 1] = next[h][2 * c + 1];
+            for (int r = 0; r < 4; r++) {
+                x[h][r] = first_value(ends, p, sequence_head, lane_row + 8 * h + r % 2, column + 8 * (r / 2));
+            }
+        }
+    }
+    fetch_b(first);
+    int tile = 0;
+    int stage = 0;
+    int free_stage = N_STAGES - 1;
+    for (int j = first; j < end; j++) {
+        float *state = states[j % 2];
+        float high_low[2][4] = {}; /* apart from each other and from x: three short chains of products */
+        float low_high[2][4] = {};
+        store_rows<S_PITCH>(state + lane / 4 * S_PITCH + lane_row, x);
+        if (scans && j >= steps.lead) {
+            store_entering(j, x);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                x[h][r] = next[h][r];
             }
         }
         fetch_b(j + 1);
         for (int part = 0; part < TILES; part++, tile++) {
-            copy_wait<SCAN_STAGES<DK> - 2>();
+            copy_wait<N_STAGES - 2>();
             __syncthreads();
-            issue(tile + SCAN_STAGES<DK> - 1);
-            const float *m = ring + tile % SCAN_STAGES<DK> * TILE + lane % 4 * M_PITCH + first_row + lane / 4;
+            issue(tile + N_STAGES - 1, free_stage);
+            const float *m = ring + stage * TILE + lane % 4 * M_PITCH + first_row + lane / 4;
             const float *s = state + lane / 4 * S_PITCH + part * TILE_K + lane % 4;
+            free_stage = stage;
+            stage = stage + 1 < N_STAGES ? stage + 1 : 0;
 #pragma unroll
             for (int k = 0; k < TILE_K; k += 8) {
                 uint32_t a_high[4];
                 uint32_t a_low[4];
+                uint32_t b_high[2][2];
+                uint32_t b_low[2][2];
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
                     split(a_high[r], a_low[r], s[r % 2 * 8 * S_PITCH + k + r / 2 * 4]);
                 }
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    uint32_t b_high[2];
-                    uint32_t b_low[2];
-                    split(b_high[0], b_low[0], m[k * M_PITCH + 8 * h]);
-                    split(b_high[1], b_low[1], m[(k + 4) * M_PITCH + 8 * h]);
-                    multiply(small[h], a_low, b_high);
-                    multiply(x[h], a_high, b_high);
-                    multiply(small[h], a_high, b_low);
+                    split(b_high[h][0], b_low[h][0], m[k * M_PITCH + 8 * h]);
+                    split(b_high[h][1], b_low[h][1], m[(k + 4) * M_PITCH + 8 * h]);
                 }
+                multiply(x[0], a_high, b_high[0]);
+                multiply(x[1], a_high, b_high[1]);
+                multiply(low_high[0], a_low, b_high[0]);
+                multiply(low_high[1], a_low, b_high[1]);
+                multiply(high_low[0], a_high, b_low[0]);
+                multiply(high_low[1], a_high, b_low[1]);
             }
         }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                x[h][r] += small[h][r];
+                x[h][r] += high_low[h][r] + low_high[h][r];
             }
         }
     }
     copy_wait<0>();
+    if (ends.kind == FOLD_GROUPS) {
+        store_rows<DK>(pair_at(steps.to * p.n_v_heads + head), x);
+        return;
+    }
+    if (scans && !leaves) {
+        if (steps.n > 0) {
+            store_entering(end, x);
+        }
+        return;
+    }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-            const int row = first_row + 8 * h + 2 * (lane % 4) + r % 2;
-            store_last(ends, p, sequence_head, row, column + 8 * (r / 2), x[h][r]);
+            store_last(ends, p, sequence_head, lane_row + 8 * h + r % 2, column + 8 * (r / 2), x[h][r]);
         }
     }
 }
@@ -222,7 +330,7 @@ static __global__ void scan_any_kernel(const recurrence_params p, const scan_end
         __syncthreads();
         if (inside) {
             const int64_t at = (slot_head * p.dv + column) * p.dk + row;
-            if (!ends.fold) {
+            if (ends.kind == SCAN) {
                 p.entering[at] = x;
             }
             x = column < p.dv ? p.b[at] : 0.0f;
@@ -266,7 +374,7 @@ static __global__ void __launch_bounds__(256) scan_decay_kernel(const recurrence
         for (int i = 0; i < AHEAD; i++) {
             if (j + i < slots.n) {
                 const int64_t slot_head = (slots.first + j + i) * p.n_v_heads + head;
-                if (!ends.fold) {
+                if (ends.kind == SCAN) {
                     p.entering[slot_head * n_elements + element] = x;
                 }
                 x = fmaf(exp2_fast(log_factor[i]), x, b[i]);
@@ -275,7 +383,7 @@ static __global__ void __launch_bounds__(256) scan_decay_kernel(const recurrence
         }
     }
     store_last(ends, p, sequence_head, row, column, x);
-    if (ends.fold && element == 0) {
+    if (ends.kind == FOLD && element == 0) {
         ends.m[sequence_head] = exp2_fast(total);
     }
 }
@@ -288,8 +396,9 @@ template <int DK> static cudaError_t launch_scan(cudaStream_t stream, const recu
     if (error != cudaSuccess) {
         return error;
     }
-    const int n_columns = p.dv + (ends.fold ? p.dk : 0);
-    const dim3 grid(n_columns / SCAN_COLUMNS, p.n_v_heads, static_cast<unsigned>(p.n_sequences));
+    const int n_columns = p.dv + (ends.kind == SCAN ? 0 : p.dk);
+    const int64_t n_chains = p.n_groups > 0 && ends.kind != FOLD ? p.n_groups : p.n_sequences;
+    const dim3 grid(n_columns / SCAN_COLUMNS, p.n_v_heads, static_cast<unsigned>(n_chains));
     kernel<<<grid, 2 * DK, n_bytes, stream>>>(p, ends);
     return cudaGetLastError();
 }
@@ -307,7 +416,7 @@ static cudaError_t launch(cudaStream_t stream, const recurrence_params &p, bool 
     if (p.dk == 64 && p.dv % SCAN_COLUMNS == 0) {
         return launch_scan<64>(stream, p, ends);
     }
-    const int n_columns = p.dv + (ends.fold ? p.dk : 0);
+    const int n_columns = p.dv + (ends.kind == SCAN ? 0 : p.dk);
     const size_t n_bytes = (p.dk + 3) / 4 * sizeof(float4); /* the compiler reads whole quads */
     scan_any_kernel<<<dim3(n_columns, p.n_v_heads, n_sequences), (p.dk + 31) / 32 * 32, n_bytes, stream>>>(p, ends);
     return cudaGetLastError();
@@ -316,13 +425,18 @@ static cudaError_t launch(cudaStream_t stream, const recurrence_params &p, bool 
 cudaError_t
 launch_recurrence_scan(cudaStream_t stream, const recurrence_params &p, bool delta, const float *s_in, float *s_out)
 {
-    return launch(stream, p, delta, {s_in, s_out, nullptr, nullptr, false});
+    return launch(stream, p, delta, {SCAN, s_in, s_out, nullptr, nullptr});
 }
 
 cudaError_t
 launch_recurrence_fold_slots(cudaStream_t stream, const recurrence_params &p, bool delta, float *m, float *b)
 {
-    return launch(stream, p, delta, {nullptr, nullptr, m, b, true});
+    return launch(stream, p, delta, {FOLD, nullptr, nullptr, m, b});
+}
+
+cudaError_t launch_recurrence_fold_groups(cudaStream_t stream, const recurrence_params &p)
+{
+    return launch(stream, p, true, {FOLD_GROUPS, nullptr, nullptr, nullptr, nullptr});
 }
 
 } // namespace lr::LR_CUDA_ACT

@@ -282,6 +282,19 @@ static void many_sequences(void)
     compare(large, DECAY, MILD, n_rows, cuts, n, 0, 503);
 }
 
+/* More sub-segments than a group holds: whole groups, one of a single token, none at all. */
+static const int64_t long_cuts[] = {0, 8193, 8193, 8200, 25600, 34000};
+
+static void groups_of_slots(void)
+{
+    int64_t n = CHECK_COUNT(long_cuts) - 1;
+    compare(small, DELTA, MILD, 8193, NULL, 1, 0, 510);
+    compare(small, DELTA, MILD, long_cuts[n], long_cuts, n, 0, 511);
+    compare(small, DELTA, SLOW, 17500, NULL, 1, 3, 512); /* rows that are not aligned */
+    compare(large, DELTA, MILD, 9300, NULL, 1, 0, 513);
+    compare((struct lr_delta_shape){2, 8, 64, 64}, DELTA, MILD, 16500, NULL, 1, 0, 514);
+}
+
 static void other_shapes(void)
 {
     static const struct lr_delta_shape shapes[] = {{1, 2, 32, 32}, {2, 2, 1, 1},    {1, 2, 256, 256},
@@ -299,17 +312,19 @@ static void other_shapes(void)
 }
 
 /* A sequence gives the same bytes beside others, alone, and, up to its end, cut short. */
-static void bits_of(enum lr_recurrence_rule rule, struct lr_delta_shape s, uint64_t seed)
+static void
+bits_of(enum lr_recurrence_rule rule, struct lr_delta_shape s, const int64_t *ends, int64_t n_sequences, uint64_t seed)
 {
-    struct tokens t = take_tokens(s, 3200, 0, MILD, seed);
-    struct launch together = {&t, rule, 1.0f, CHECK_COUNT(cuts) - 1, 0, 3200, cuts, NULL};
+    int64_t n_rows = ends[n_sequences];
+    struct tokens t = take_tokens(s, n_rows, 0, MILD, seed);
+    struct launch together = {&t, rule, 1.0f, n_sequences, 0, n_rows, ends, NULL};
     struct result all = run(&together);
     int64_t state = s.n_v_heads * s.dk * s.dv;
-    for (int i = 0; i < CHECK_COUNT(cuts) - 1; i++) {
-        struct launch alone = {&t, rule, 1.0f, 1, cuts[i], cuts[i + 1] - cuts[i], NULL, NULL};
+    for (int64_t i = 0; i < n_sequences; i++) {
+        struct launch alone = {&t, rule, 1.0f, 1, ends[i], ends[i + 1] - ends[i], NULL, NULL};
         struct result r = run(&alone);
         int64_t width = s.n_v_heads * s.dv;
-        char *first = (char *)all.o + cuts[i] * all.o_stride * 2;
+        char *first = (char *)all.o + ends[i] * all.o_stride * 2;
         for (int64_t row = 0; row < alone.n_rows; row += 511)
             check_same("o alone", first + row * all.o_stride * 2, (char *)r.o + row * r.o_stride * 2,
                        (size_t)width * 2);
@@ -323,14 +338,17 @@ static void bits_of(enum lr_recurrence_rule rule, struct lr_delta_shape s, uint6
                            (char *)shorter.o + row * shorter.o_stride * 2, (size_t)width * 2);
         }
     }
+    check_end();
 }
 
 static void same_bits(void)
 {
-    bits_of(DELTA, small, 800);
-    bits_of(DELTA, large, 801);
-    bits_of(DECAY, small, 802);
-    bits_of(DECAY, large, 803);
+    const int64_t n = CHECK_COUNT(cuts) - 1;
+    bits_of(DELTA, small, cuts, n, 800);
+    bits_of(DELTA, large, cuts, n, 801);
+    bits_of(DECAY, small, cuts, n, 802);
+    bits_of(DECAY, large, cuts, n, 803);
+    bits_of(DELTA, small, long_cuts, CHECK_COUNT(long_cuts) - 1, 804);
 }
 
 /* Rows behind element 2^31, behind zeros that leave no state. */
@@ -516,6 +534,7 @@ static const struct check_case cases[] = {
     {"many sequences", many_sequences},
     {"slots of a segment", segment_slots},
     {"slots of no rows", empty_segment},
+    {"groups of slots", groups_of_slots},
     {"the same bits", same_bits},
     {"rows behind 2^31 elements", far_rows},
 };
