@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # Builds, checks and races the CUDA backend on this machine in one call; one results file with GPU, driver and commit.
-# usage: bench/gpu/run.sh [--build DIR] [--longreach PATH] [--steps tests,client,sanitizer,bench] [RESULTS_FILE]
+# usage: bench/gpu/run.sh [--build DIR] [--longreach PATH] [--steps tests,client,sanitizer,bench] [--races NAMES] [RESULTS_FILE]
 #   --build DIR       takes DIR/tests/cuda/test_* and DIR/bin/*_bench_* as they are (a build of the preset cuda-release);
 #                     without it everything but longreach is compiled here into build/gpu by nvcc and gcc alone
 #   --longreach PATH  for the step client: the same bytes and texts from several workers, and accuracy; default DIR/bin/longreach
+#   --races NAMES     what the step bench races: attention,elementwise,experts,recurrence,sample (default: all)
 #   sanitizer         memcheck, racecheck and synccheck of every test, with LR_TEST_SHORT=1, side by side; SECONDS_EACH (300)
 # Exits 1 where a test failed or a sanitizer found something. The reports are in DIR/sanitizer.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
-build='' longreach='' steps=tests,client,sanitizer,bench results=''
+build='' longreach='' steps=tests,client,sanitizer,bench races=attention,elementwise,experts,recurrence,sample results=''
 while [ $# -gt 0 ]; do
     case $1 in
     --build) build=$2; shift 2 ;;
     --longreach) longreach=$2; shift 2 ;;
     --steps) steps=$2; shift 2 ;;
-    -*) sed -n 2,9p "$0" >&2; exit 2 ;;
+    --races) races=$2; shift 2 ;;
+    -*) sed -n 2,10p "$0" >&2; exit 2 ;;
     *) results=$1; shift ;;
     esac
 done
@@ -152,7 +154,7 @@ test_client()
 everything()
 {
     echo "GPU $gpu; commit $commit; $(nvcc --version 2>/dev/null | tail -1); $(date -u +%Y-%m-%d)"
-    local program
+    local program race
     if [[ $steps == *tests* ]]; then
         for program in "$build"/tests/cuda/test_*; do
             run 60 "$(basename "$program")" "$program"
@@ -167,11 +169,12 @@ everything()
     fi
     if [[ $steps == *bench* ]]; then
         mkdir -p "$build/bench"
-        for program in "$build"/bin/*_bench_*; do
-            run 60 "$(basename "$program")" "$program" | tee "$build/bench/$(basename "$program").txt"
-        done
-        for program in attention experts recurrence sample; do # bf16, as peers compute
-            run 300 "${program}_peers.py" python3 bench/gpu/${program}_peers.py "$build/bench/${program}_bench_bf16.txt"
+        for race in ${races//,/ }; do
+            for program in "$build"/bin/"$race"_bench_*; do
+                run 60 "$(basename "$program")" "$program" | tee "$build/bench/$(basename "$program").txt"
+            done
+            [ -f "bench/gpu/${race}_peers.py" ] || continue # ours in bf16, as peers compute
+            run 300 "${race}_peers.py" python3 "bench/gpu/${race}_peers.py" "$build/bench/${race}_bench_bf16.txt"
         done
     fi
 }
