@@ -8,7 +8,7 @@ void LR_CUDA(fold_rows_hopper)(const struct lr_exec *exec, const struct lr_cuda_
     const int64_t tile_rows = fold->max_tokens * (fold->shape.n_heads / fold->shape.n_kv_heads);
     cudaStream_t stream = static_cast<cudaStream_t>(exec->stream);
     const int n = lr_cuda_multiprocessors(exec);
-    uint32_t *taken = lr_cuda_counters(exec);
+    uint32_t *taken = lr_cuda_counter(exec);
     cudaError_t error = cudaErrorInvalidValue;
     switch (LR_CUDA(padded_head_dim)(fold->shape.head_dim)) {
     case 64:

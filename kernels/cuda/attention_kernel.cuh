@@ -462,23 +462,22 @@ template <int D, int C, int KEYS> static __device__ __forceinline__ void make_ba
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-/* The walking warp: takes work, tells the others, and walks the tile's list. */
+/* The walking warp: takes work, tells the others, and walks the tile's list. `first`: what lane 0 took. */
 template <int D, int C, int KEYS>
-static __device__ __forceinline__ void
-walk_tiles(const lr_cuda_fold &a, int group, int n_tiles, const work_queue &queue, attention_shared<D, C, KEYS> &s)
+static __device__ __forceinline__ void walk_tiles(
+    const lr_cuda_fold &a, int group, int n_tiles, const work_queue &queue, int first, attention_shared<D, C, KEYS> &s)
 {
     ring_writer<D, C, KEYS> ring = {s, 0, 0};
     tile t;
     uint32_t round = 0;
     /* taking waits for memory, but the ring is full of this tile's steps then */
-    for (int work = static_cast<int>(blockIdx.x); work < queue.n_work; work = queue.take()) {
+    for (int work = __shfl_sync(0xffffffffu, first, 0); work < queue.n_work; work = queue.take_next()) {
         if (!take_tile(a, group, n_tiles, tile_shape<D, C, KEYS>::ROWS, work, t))
             continue;
         hand_out(s, round++, work);
         produce(make_walk(a, t), t.kv_head, ring);
     }
     hand_out(s, round, queue.n_work);
-    queue.leave();
 }
 
 /* Every role goes through the same tiles. */
@@ -491,8 +490,11 @@ __global__ void __launch_bounds__(tile_shape<D, C, KEYS>::THREADS, (tile_shape<D
     attention_shared<D, C, KEYS> &s =
         *reinterpret_cast<attention_shared<D, C, KEYS> *>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
     const int group = static_cast<int>(a.shape.n_heads / a.shape.n_kv_heads);
-    if (threadIdx.x == 0)
+    int first = 0;
+    if (threadIdx.x == 0) {
+        first = queue.take_first(); /* comes while the barriers are made */
         make_barriers(s);
+    }
     __syncthreads();
     /* the shuffle tells the compiler that all lanes agree */
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x), 0) / 32;
@@ -500,7 +502,7 @@ __global__ void __launch_bounds__(tile_shape<D, C, KEYS>::THREADS, (tile_shape<D
     if (warp < WARPGROUP / 32) {
         registers_shrink<shape::PRODUCER_REGISTERS>();
         if (warp == 0) {
-            walk_tiles(a, group, n_tiles, queue, s);
+            walk_tiles(a, group, n_tiles, queue, first, s);
         } else if (warp <= C) {
             for (uint32_t round = 0;; round++) {
                 const int work = receive(s, round);

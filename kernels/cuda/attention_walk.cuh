@@ -46,12 +46,12 @@ template <int D, int C, int KEYS> struct attention_shared {
     uint64_t work_full[TILES_AHEAD], work_empty[TILES_AHEAD];
 };
 
-/* Which piece of work a thread block does next: its own number first, then the next one that nobody has taken. A block
- * whose multiprocessor was held by another kernel (a transfer that waits for its peer) begins late and does less.
- * `taken` counts those numbers and, when it leaves, every block; both are 0 between launches, which follow each other
- * on one stream. For the walking warp, all lanes together. */
+/* Which piece of work a thread block does next: the first that nobody has taken. A block whose multiprocessor was held
+ * by another kernel (a transfer that waits for its peer) begins late and does less, or nothing: the first pieces are
+ * the largest, and one kept for a block that only begins when others end would make the launch longer by all of it.
+ * Where there is a block for each piece, each does that of its own number. */
 struct work_queue {
-    uint32_t *taken; /* [2] */
+    uint32_t *taken; /* 0 between launches, which follow each other on one stream */
     int n_work;
 
     __device__ __forceinline__ bool is_shared() const
@@ -59,19 +59,26 @@ struct work_queue {
         return n_work > static_cast<int>(gridDim.x);
     }
 
-    __device__ __forceinline__ int take() const
+    /* For one thread of a block. Every block stops at its first number behind the end, so that a launch takes
+     * n_work + gridDim.x numbers in all; with the last of them the counter is back at 0. */
+    __device__ __forceinline__ int take_shared() const
+    {
+        return static_cast<int>(atomicInc(taken, static_cast<uint32_t>(n_work) + gridDim.x - 1));
+    }
+
+    /* For the one thread that starts the block. */
+    __device__ __forceinline__ int take_first() const
+    {
+        return is_shared() ? take_shared() : static_cast<int>(blockIdx.x);
+    }
+
+    /* For the walking warp, all lanes together. */
+    __device__ __forceinline__ int take_next() const
     {
         int work = n_work;
         if (is_shared() && threadIdx.x % 32 == 0)
-            work = static_cast<int>(gridDim.x + atomicAdd(&taken[0], 1u));
+            work = take_shared();
         return __shfl_sync(0xffffffffu, work, 0);
-    }
-
-    /* Behind the last take: its number is known, so whoever leaves last is behind all of them. */
-    __device__ __forceinline__ void leave() const
-    {
-        if (is_shared() && threadIdx.x % 32 == 0 && atomicAdd(&taken[1], 1u) == gridDim.x - 1)
-            taken[0] = taken[1] = 0;
     }
 };
 

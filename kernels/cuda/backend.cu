@@ -32,7 +32,7 @@ struct backend {
     cudaStream_t stream, aside;
     cudaEvent_t marks[LR_MARKS];
     char *pinned, *ring, *landing, *scratch;
-    uint32_t *counters;
+    uint32_t *counter;
     char *fetched; /* pinned: of one fetch, until it is taken */
     cudaEvent_t fetch_done;
     cudaEvent_t entered[N_PARTS]; /* recorded when the part was last entered */
@@ -159,8 +159,8 @@ enum lr_status open_resources(struct backend *b, struct lr_error *err)
     CUDA_TRY(cudaEventCreateWithFlags(&b->fetch_done, cudaEventDisableTiming), "make an event");
     CUDA_TRY(cudaMalloc(reinterpret_cast<void **>(&b->ring), LR_CUDA_RING_BYTES), "reserve 64 MiB");
     CUDA_TRY(cudaMalloc(reinterpret_cast<void **>(&b->scratch), LR_CUDA_SCRATCH_BYTES), "reserve 64 MiB");
-    CUDA_TRY(cudaMalloc(reinterpret_cast<void **>(&b->counters), 2 * sizeof *b->counters), "reserve 8 bytes");
-    CUDA_TRY(cudaMemsetAsync(b->counters, 0, 2 * sizeof *b->counters, b->stream), "clear 8 bytes");
+    CUDA_TRY(cudaMalloc(reinterpret_cast<void **>(&b->counter), sizeof *b->counter), "reserve 4 bytes");
+    CUDA_TRY(cudaMemsetAsync(b->counter, 0, sizeof *b->counter, b->stream), "clear 4 bytes");
     for (int i = 0; i < N_PARTS; i++)
         CUDA_TRY(cudaEventCreateWithFlags(&b->entered[i], cudaEventDisableTiming), "make an event");
     CUDA_TRY(cudaEventRecord(b->entered[0], b->stream), "record an event");
@@ -181,7 +181,7 @@ void close_resources(struct backend *b)
         if (b->marks[i] != nullptr)
             cudaEventDestroy(b->marks[i]);
     cudaFree(b->scratch);
-    cudaFree(b->counters);
+    cudaFree(b->counter);
     cudaFree(b->ring);
     cudaFreeHost(b->landing);
     cudaFreeHost(b->fetched);
@@ -350,9 +350,9 @@ void *lr_cuda_scratch(const struct lr_exec *exec)
     return of(exec)->scratch;
 }
 
-uint32_t *lr_cuda_counters(const struct lr_exec *exec)
+uint32_t *lr_cuda_counter(const struct lr_exec *exec)
 {
-    return of(exec)->counters;
+    return of(exec)->counter;
 }
 
 int lr_cuda_multiprocessors(const struct lr_exec *exec)

@@ -29,8 +29,8 @@ const void *lr_cuda_upload(const struct lr_exec *exec, const void *host, size_t 
 /* LR_CUDA_SCRATCH_BYTES of device memory, 256-byte aligned, contents undefined. */
 void *lr_cuda_scratch(const struct lr_exec *exec);
 
-/* Two numbers on the device that are 0 whenever a slot begins: who counts with them sets them back. */
-uint32_t *lr_cuda_counters(const struct lr_exec *exec);
+/* A number on the device that is 0 whenever a slot begins: who counts with it sets it back. */
+uint32_t *lr_cuda_counter(const struct lr_exec *exec);
 
 /* Remembers the first error (a cudaError_t; 0 is none) with the slot it came from; the next memory.download or
  * memory.wait reports it. */
