@@ -3,6 +3,7 @@
 #include "base/utf8.h"
 #include "client/command.h"
 #include "client/needle_plant.h"
+#include "client/needle_prompts.h"
 #include "client/needle_svg.h"
 #include "client/questions.h"
 #include "client/reading.h"
@@ -17,7 +18,7 @@ static const size_t max_document_bytes = (size_t)16 << 30;
 
 struct needle {
     struct lr_settings settings;
-    const char *document, *svg;
+    const char *document, *svg, *prompts;
     int64_t tokens, n_needles;
     struct lr_job job;
     struct lr_needle *needles; /* [n_needles] worker 0 */
@@ -56,21 +57,18 @@ static enum lr_status take_text(struct needle *n, char **out, size_t *n_out, str
     return status;
 }
 
-static enum lr_status plant(struct needle *n, struct lr_token_buffer *document, struct lr_error *err)
+static enum lr_status plant(struct needle *n, char **planted, size_t *n_planted, struct lr_error *err)
 {
-    char *text, *planted = NULL;
-    size_t n_bytes, n_planted;
+    char *text;
+    size_t n_bytes;
     n->needles = calloc((size_t)n->n_needles, sizeof *n->needles);
     if (!n->needles)
         return lr_fail(err, LR_NO_MEMORY, "no memory for %lld needles", (long long)n->n_needles);
     LR_TRY(take_text(n, &text, &n_bytes, err));
     enum lr_status status = lr_needles_make(text, n_bytes, n->n_needles, (uint64_t)n->settings.seed, n->needles, err);
     if (status == LR_OK)
-        status = lr_needles_plant(text, n_bytes, n->needles, n->n_needles, &planted, &n_planted, err);
-    if (status == LR_OK)
-        status = lr_tokenizer_encode(n->job.tokenizer, planted, n_planted, 0, document, err);
+        status = lr_needles_plant(text, n_bytes, n->needles, n->n_needles, planted, n_planted, err);
     free(text);
-    free(planted);
     return status;
 }
 
@@ -85,6 +83,36 @@ static enum lr_status make_prompts(const struct needle *n, char ***out, struct l
             return lr_fail(err, LR_NO_MEMORY, "no memory for %lld questions", (long long)n->n_needles);
     }
     return *out ? LR_OK : lr_fail(err, LR_NO_MEMORY, "no memory for %lld questions", (long long)n->n_needles);
+}
+
+/* A file that cannot be written is no surprise to keep for the end. `path` may be NULL. */
+static enum lr_status check_output(const char *path, struct lr_error *err)
+{
+    FILE *file = path ? fopen(path, "ae") : NULL;
+    if (path && !file)
+        return lr_fail(err, LR_IO, "%s cannot be written: %s", path, strerror(errno));
+    if (file)
+        fclose(file);
+    return LR_OK;
+}
+
+/* Worker 0: the document's ids and the questions; both as text where --prompts asks for it. */
+static enum lr_status prepare(struct needle *n, struct lr_token_buffer *document, char ***prompts, struct lr_error *err)
+{
+    char *text = NULL;
+    size_t n_bytes = 0;
+    LR_TRY(check_output(n->svg, err));
+    LR_TRY(check_output(n->prompts, err));
+    enum lr_status status = plant(n, &text, &n_bytes, err);
+    if (status == LR_OK)
+        status = lr_tokenizer_encode(n->job.tokenizer, text, n_bytes, 0, document, err);
+    if (status == LR_OK)
+        status = make_prompts(n, prompts, err);
+    if (status == LR_OK && n->prompts)
+        status = lr_needle_prompts_write(n->prompts, text, n_bytes, document->n_ids, n->needles, *prompts, n->n_needles,
+                                         err);
+    free(text);
+    return status;
 }
 
 /* The answer's first word without its full stop. */
@@ -188,17 +216,6 @@ static enum lr_status draw(const struct needle *n, const struct needle_result *r
     return status;
 }
 
-/* A picture that cannot be written is no surprise to keep for the end. */
-static enum lr_status check_picture(const struct needle *n, struct lr_error *err)
-{
-    FILE *file = n->svg ? fopen(n->svg, "ae") : NULL;
-    if (n->svg && !file)
-        return lr_fail(err, LR_IO, "%s cannot be written: %s", n->svg, strerror(errno));
-    if (file)
-        fclose(file);
-    return LR_OK;
-}
-
 static enum lr_status report(struct needle *n, int64_t n_tokens, struct lr_error *err)
 {
     struct needle_result r = {.n_tokens = n_tokens};
@@ -226,13 +243,8 @@ static enum lr_status work_on(struct needle *n, struct lr_token_buffer *document
         .n_ids = n->tokens, .max_forks = 1, .max_fork_tokens = n->settings.max_new_tokens};
     LR_TRY(lr_job_check_memory(&n->job, &planned, err));
     lr_signals_phase("planting the facts");
-    if (n->job.comm->rank == 0) {
-        mine = check_picture(n, err);
-        if (mine == LR_OK)
-            mine = plant(n, document, err);
-        if (mine == LR_OK)
-            mine = make_prompts(n, &prompts, err);
-    }
+    if (n->job.comm->rank == 0)
+        mine = prepare(n, document, &prompts, err);
     LR_TRY(lr_questions_share(&n->job, &n->questions, n->n_needles, prompts, mine, err));
     LR_TRY(lr_reading_run(&reading, &n->job, document, lr_questions_side_by_side(&n->questions),
                           lr_questions_fork_tokens(&n->questions, &n->settings), err));
@@ -271,31 +283,33 @@ int lr_command_needle(int argc, char **argv)
                     "      --needles 32 --seed 1 --workers 2 --svg needle.svg\n"};
     struct needle n = {.settings = lr_settings_default, .tokens = 131072, .n_needles = 32};
     n.settings.max_new_tokens = 16;
-    struct lr_option options[LR_MAX_OPTIONS] = {{.kind = LR_OPTION_TEXT,
-                                                 .name = "document",
-                                                 .argument = "FILE",
-                                                 .out = &n.document,
-                                                 .help = "the text that the facts are planted in"},
-                                                {.kind = LR_OPTION_INTEGER,
-                                                 .name = "tokens",
-                                                 .argument = "N",
-                                                 .out = &n.tokens,
-                                                 .lowest = 1,
-                                                 .highest = (int64_t)1 << 40,
-                                                 .help = "how much of it is read (default 131072)"},
-                                                {.kind = LR_OPTION_INTEGER,
-                                                 .name = "needles",
-                                                 .argument = "K",
-                                                 .out = &n.n_needles,
-                                                 .lowest = 1,
-                                                 .highest = 1000,
-                                                 .help = "facts (default 32)"},
-                                                {.kind = LR_OPTION_TEXT,
-                                                 .name = "svg",
-                                                 .argument = "FILE",
-                                                 .out = &n.svg,
-                                                 .help = "draws depth against found"}};
-    int n_options = 4, n_operands;
+    struct lr_option options[LR_MAX_OPTIONS] = {
+        {.kind = LR_OPTION_TEXT,
+         .name = "document",
+         .argument = "FILE",
+         .out = &n.document,
+         .help = "the text that the facts are planted in"},
+        {.kind = LR_OPTION_INTEGER,
+         .name = "tokens",
+         .argument = "N",
+         .out = &n.tokens,
+         .lowest = 1,
+         .highest = (int64_t)1 << 40,
+         .help = "how much of it is read (default 131072)"},
+        {.kind = LR_OPTION_INTEGER,
+         .name = "needles",
+         .argument = "K",
+         .out = &n.n_needles,
+         .lowest = 1,
+         .highest = 1000,
+         .help = "facts (default 32)"},
+        {.kind = LR_OPTION_TEXT, .name = "svg", .argument = "FILE", .out = &n.svg, .help = "draws depth against found"},
+        {.kind = LR_OPTION_TEXT,
+         .name = "prompts",
+         .argument = "FILE",
+         .out = &n.prompts,
+         .help = "writes document and questions as JSON, for other engines"}};
+    int n_options = 5, n_operands;
     lr_settings_options(&n.settings, 1, options, &n_options);
     int code = lr_command_parse(&text, options, n_options, &n.settings.help, argc, argv, NULL, 0, &n_operands);
     if (code >= 0)

@@ -74,9 +74,27 @@ grep -qx "picture: $work/needle.svg" "$work/out" || fail "needle does not say wh
 grep -qE "^worker 1: .* at most, [0-9.]+ % of the experts' rows$" "$work/out" || fail "needle does not show the workers' loads"
 python3 -c 'import sys, xml.etree.ElementTree as tree; tree.parse(sys.argv[1])' "$work/needle.svg" || fail "the picture is no XML"
 [ "$(grep -c '<circle' "$work/needle.svg")" -ge 24 ] || fail "the picture does not have 24 facts"
-"$longreach" needle --model $model --document "$work/document" --tokens 5000 --needles 3 --seed 3 --json --quiet > "$work/out" ||
-    fail "needle --json"
+"$longreach" needle --model $model --document "$work/document" --tokens 5000 --needles 3 --seed 3 --json --quiet \
+    --prompts "$work/prompts" > "$work/out" || fail "needle --json"
 [ "$(grep -c '"found":true' "$work/out")" -eq 3 ] || fail "needle in a repeated document: $(cat "$work/out")"
+
+# its prompts: what was planted, asked and counted, so that others can answer them too
+python3 - "$work/prompts" "$work/out" "$work/planted" <<'PY' || fail "needle --prompts"
+import json, sys
+prompts = json.load(open(sys.argv[1], encoding="utf-8"))
+lines = [json.loads(line) for line in open(sys.argv[2], encoding="utf-8")]
+assert list(prompts) == ["document", "tokens", "questions"], list(prompts)
+assert prompts["tokens"] == lines[-1]["summary"]["document_tokens"]
+assert len(prompts["questions"]) == len(lines) - 1 == 3
+for asked, line in zip(prompts["questions"], lines):
+    assert list(asked) == ["prompt", "expected", "depth"], asked
+    assert (asked["expected"], asked["depth"]) == (line["expected"], line["depth"])
+    assert f"The {line['fact']} is {line['expected']}.\n" in prompts["document"], line
+    assert asked["prompt"] == f"\nQuestion: What is the {line['fact']}?\nAnswer: ", asked
+open(sys.argv[3], "w", encoding="utf-8", newline="").write(prompts["document"])
+PY
+n_tokens=$("$longreach" tokenize --model $model "$work/planted" | wc -w)
+grep -q "\"tokens\":$n_tokens," "$work/prompts" || fail "--prompts: the document has $n_tokens tokens"
 
 # text to ids, and back to the exact bytes
 printf 'A <|endoftext|> and \360\237\230\200\r\n\ttabs,  spaces 1234567\n' > "$work/text"

@@ -60,6 +60,8 @@ expect 1 "too few lines for 900 needles" "$longreach" needle --model $model --do
 
 expect 1 "no/picture.svg cannot be written" "$longreach" needle --model $model --document "$work/document" --tokens 300 --needles 2 \
     --svg "$work/no/picture.svg" --quiet
+expect 1 "no/prompts.json cannot be written" "$longreach" needle --model $model --document "$work/document" --tokens 300 --needles 2 \
+    --prompts "$work/no/prompts.json" --quiet
 expect 1 "Is a directory" run --document "$work" --question x --quiet
 cp -rL $model "$work/cut" && chmod -R u+w "$work/cut" && truncate -s 20000000 "$work/cut/model.safetensors"
 expect 1 "the file has 19965168 of data" run --model "$work/cut" --document "$work/document" --question x --quiet --workers 2
