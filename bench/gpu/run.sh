@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
 # Builds, checks and races the CUDA backend on this machine in one call; one results file with GPU, driver and commit.
-# usage: bench/gpu/run.sh [--build DIR] [--longreach PATH] [--steps tests,client,sanitizer,bench] [--races NAMES] [RESULTS_FILE]
+# usage: bench/gpu/run.sh [--build DIR] [--longreach PATH] [--steps tests,client,sanitizer,bench,needles] [--races NAMES] [RESULTS_FILE]
 #   --build DIR       takes DIR/tests/cuda/test_* and DIR/bin/*_bench_* as they are (a build of the preset cuda-release);
 #                     without it everything but longreach is compiled here into build/gpu by nvcc and gcc alone
-#   --longreach PATH  for the step client: the same bytes and texts from several workers, and accuracy; default DIR/bin/longreach
+#   --longreach PATH  for the steps client (the same bytes and texts from several workers, and accuracy) and needles; default
+#                     DIR/bin/longreach
 #   --races NAMES     what the step bench races: attention,elementwise,experts,recurrence,sample (default: all)
 #   sanitizer         memcheck, racecheck and synccheck of every test, with LR_TEST_SHORT=1, side by side; SECONDS_EACH (300)
+#   needles           32 facts in 1,000,000 tokens with full attention, found by longreach and, from the same prompts, by
+#                     transformers on PyTorch: at most one fact less
 # Exits 1 where a test failed or a sanitizer found something. The reports are in DIR/sanitizer.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
-build='' longreach='' steps=tests,client,sanitizer,bench races=attention,elementwise,experts,recurrence,sample results=''
+build='' longreach='' steps=tests,client,sanitizer,bench,needles races=attention,elementwise,experts,recurrence,sample results=''
 while [ $# -gt 0 ]; do
     case $1 in
     --build) build=$2; shift 2 ;;
     --longreach) longreach=$2; shift 2 ;;
     --steps) steps=$2; shift 2 ;;
     --races) races=$2; shift 2 ;;
-    -*) sed -n 2,10p "$0" >&2; exit 2 ;;
+    -*) sed -n 2,12p "$0" >&2; exit 2 ;;
     *) results=$1; shift ;;
     esac
 done
@@ -151,6 +154,16 @@ test_client()
     done
 }
 
+needles()
+{
+    local files=$build/bench/needles
+    mkdir -p "$build/bench"
+    run 300 "needle, 1,000,000 tokens, full attention" "$longreach" needle --model models/longreach-tiny --document data/kjv.txt \
+        --tokens 1000000 --needles 32 --seed 1 --attention full --device cuda --prompts "$files.json" --json --quiet |
+        tee "$files.txt"
+    run 300 needles_peer.py python3 bench/gpu/needles_peer.py "$files.json" --ours "$files.txt"
+}
+
 everything()
 {
     echo "GPU $gpu; commit $commit; $(nvcc --version 2>/dev/null | tail -1); $(date -u +%Y-%m-%d)"
@@ -176,6 +189,9 @@ everything()
             [ -f "bench/gpu/${race}_peers.py" ] || continue # ours in bf16, as peers compute
             run 300 "${race}_peers.py" python3 "bench/gpu/${race}_peers.py" "$build/bench/${race}_bench_bf16.txt"
         done
+    fi
+    if [[ $steps == *needles* ]]; then
+        if [ -x "$longreach" ]; then needles; else echo "no longreach: the step needles is left out"; fi
     fi
 }
 
