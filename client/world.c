@@ -158,6 +158,17 @@ static int make_private_dir(char *path, size_t size_bytes)
     return 0;
 }
 
+/* Whoever still dies may remove or write a file meanwhile, which ends a walk early or keeps the directory. */
+static void remove_private_dir(const char *path)
+{
+    for (int tries = 0; tries < 100; tries++) {
+        nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+        if (access(path, F_OK) != 0)
+            return;
+        poll(NULL, 0, 20);
+    }
+}
+
 static void run_mpirun(const struct lr_settings *settings, enum lr_world world, const char *dir, int argc, char **argv)
 {
     char *arguments[MAX_ARGUMENTS], workers[24], self[PATH_MAX], columns[48];
@@ -307,6 +318,6 @@ int lr_world_launch(const struct lr_settings *settings, enum lr_world world, int
     }
     free(filter.held);
     if (dir[0])
-        nftw(dir, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+        remove_private_dir(dir);
     return code;
 }

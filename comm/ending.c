@@ -75,7 +75,8 @@ static void close_everything_but(int kept)
             close(fd);
 }
 
-/* A process that keeps the claim until the daemon is gone: the daemon may kill the claimant before that. */
+/* A process that keeps the claim until the daemon is gone: the daemon may kill the claimant before that. Where it has
+ * killed all of them and then hangs (mpirun 4.1 did, on a crowded machine), this one is left to end it. */
 static void hold_claim(const struct lr_ending *ending, int claim)
 {
     if (_Fork() != 0) /* fork itself is not safe in a signal handler */
@@ -85,6 +86,10 @@ static void hold_claim(const struct lr_ending *ending, int claim)
     for (int waited = 0; waited < hold_ms && !lr_process_is_gone(ending->daemon, ending->daemon_started);
          waited += poll_ms)
         sleep_ms(poll_ms);
+    if (!lr_process_is_gone(ending->daemon, ending->daemon_started)) {
+        kill_workers(ending);
+        kill((pid_t)ending->daemon, SIGKILL);
+    }
     _exit(0);
 }
 
