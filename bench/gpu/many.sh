@@ -220,7 +220,7 @@ part_peers()
     local w
     for w in "${counts[@]}"; do
         [ "$w" = 1 ] || [ "$w" -gt "$gpus" ] && continue
-        timeout 280 python3 -m torch.distributed.run --standalone --nproc-per-node "$w" bench/gpu/many_peers.py 2>&1 |
+        OMP_NUM_THREADS=1 timeout 280 python3 -m torch.distributed.run --standalone --nproc-per-node "$w" bench/gpu/many_peers.py 2>&1 |
             grep --line-buffered -v Warning
     done
 }

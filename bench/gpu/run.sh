@@ -41,6 +41,12 @@ architecture()
     echo "arch=compute_$number,code=sm_$number"
 }
 
+# as many compilers at once as there are cores
+free_core()
+{
+    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n; done
+}
+
 # A program that does not build is reported; the others go on. What touches activations is compiled for both types.
 compile()
 {
@@ -53,6 +59,7 @@ compile()
     for type in bf16 f16; do
         define=-DLR_CUDA_${type^^}
         for file in kernels/cuda/*.cu; do
+            free_core
             nvcc "${cuda[@]}" -gencode "$(architecture "$file")" "$define" -c "$file" -o "$objects/$(basename "$file" .cu)_$type.o" &
         done
         gcc "${c[@]}" "$define" -c kernels/cuda/table.c -o "$objects/table_$type.o" &
@@ -70,14 +77,17 @@ compile()
     for type in bf16 f16; do
         define=-DLR_CUDA_${type^^}
         for file in tests/kernels/cuda/test_*.c; do
+            free_core
             name=$(basename "$file" .c)_$type
             { gcc "${c[@]}" "$define" -c "$file" -o "$objects/$name.o" &&
                 nvcc "${cuda[@]}" "$objects/$name.o" -o "$build/tests/cuda/$name" "${link[@]}"; } &
         done
         for file in tests/kernels/cuda/test_*.cu; do
+            free_core
             nvcc "${cuda[@]}" -gencode "$(architecture "$file")" "$define" "$file" -o "$build/tests/cuda/$(basename "$file" .cu)_$type" "${link[@]}" &
         done
         for file in bench/gpu/*_bench.cu; do
+            free_core
             nvcc "${cuda[@]}" -gencode "$(architecture "$file")" "$define" "$file" -o "$build/bin/$(basename "$file" .cu)_$type" "${link[@]}" &
         done
     done
