@@ -65,7 +65,7 @@ compile()
         gcc "${c[@]}" "$define" -c kernels/cuda/table.c -o "$objects/table_$type.o" &
     done
     gcc "${c[@]}" -O3 -DLR_ISA_SUFFIX=c -DLR_SIMD_C -c kernels/cpu/sample.c -o "$objects/sample_c.o" &
-    for file in base/clock.c base/pool.c base/status.c kernels/ref_*.c kernels/cpu/rope.c kernels/cuda/open.c; do
+    for file in base/*.c kernels/ref_*.c kernels/cpu/rope.c kernels/cuda/open.c; do
         gcc "${c[@]}" -c "$file" -o "$objects/$(basename "$file").o" &
     done
     wait
