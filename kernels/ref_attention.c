@@ -72,8 +72,10 @@ static double read_blocks(const struct reader *r, double *y)
             for (int64_t i = 0; p > 0.0 && i < s.head_dim; i++)
                 y[i] += p * value_at(s, ref->data, r->kv_head, ref->position % BLOCK + j, i);
         }
-    for (int64_t i = 0; i < s.head_dim && sum > 0.0; i++)
-        y[i] /= sum;
+    if (sum == 0.0)
+        return largest;
+    for (int64_t i = 0; i < s.head_dim; i++)
+        y[i] /= sum; /* NaN where a score was */
     return largest + log(sum);
 }
 

@@ -1,7 +1,6 @@
 """What attention is raced against, on attention_bench's shapes: cuDNN, and FlexAttention with block masks.
 usage: attention_peers.py [FILE] [causal] [sparse] [tiny] [wide]
 FILE: the output of attention_bench in the same run on the same GPU; adds ours and the ratios"""
-import os
 import re
 import sys
 import torch
@@ -9,8 +8,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
-FILES = [argument for argument in sys.argv[1:] if os.path.exists(argument)]
-SECTIONS = [argument for argument in sys.argv[1:] if argument not in FILES] or ["causal", "sparse", "tiny", "wide"]
+NAMES = ["causal", "sparse", "tiny", "wide"]
+FILES = [argument for argument in sys.argv[1:] if argument not in NAMES]
+SECTIONS = [argument for argument in sys.argv[1:] if argument in NAMES] or NAMES
 OURS = {m[1]: float(m[2]) for f in FILES for line in open(f) if (m := re.match(r"(\S.*?)\s+([\d.]+) ms", line))}
 
 

@@ -15,6 +15,7 @@ fail()
 }
 
 # The wrapper notes the job's number, which names its shared memory; timeout is what a hang runs into.
+began=$(date +%s)
 timeout -k 5 60 mpirun --allow-run-as-root --oversubscribe --bind-to none -n "$n_workers" \
     sh -c 'echo "$OMPI_MCA_ess_base_jobid" > "$0/job"; exec "$@"' "$work" "$worker" "$@" "$failure" "$work" \
     > "$work/out" 2> "$work/err" < /dev/null
@@ -73,6 +74,7 @@ case $failure in
     unclosed)
         # mpirun 4.1 itself may crash or hang when it is told to end while workers end too; then it is killed
         [ "$code" -eq 1 ] || [ "$code" -eq 137 ] || [ "$code" -eq 139 ] || fail "exit $code"
+        [ $(($(date +%s) - began)) -lt 40 ] || fail "the world ended only when the test gave up"
         heard "^longreach: the workers did not all come to an end within the deadline"
         ;;
     absent)

@@ -141,6 +141,9 @@ static enum lr_status scan_states(struct lr_step *step,
             struct lr_comm_request other = {0}, *request = links->rank == r - 1 ? &passes->onward : &other;
             LR_TRY(lr_comm_pass_start(links, "delta state", r - 1, s_out, r, s_in, bytes, request, err));
             LR_TRY(lr_comm_wait(links, &other, err));
+            /* nothing moves between hosts' memories while the host computes: the next worker would wait for my output */
+            if (engine->ops->host_memory)
+                LR_TRY(lr_comm_wait(links, request, err));
         }
         if (r == links->rank) {
             struct lr_delta_fold_args fold = {
@@ -148,8 +151,10 @@ static enum lr_status scan_states(struct lr_step *step,
             engine->ops->delta_fold(&engine->exec, &fold);
         }
     }
-    if (last > 0)
-        return lr_comm_pass_start(links, "delta state", last, s_out, 0, session_state, bytes, &passes->home, err);
+    if (last > 0) {
+        LR_TRY(lr_comm_pass_start(links, "delta state", last, s_out, 0, session_state, bytes, &passes->home, err));
+        return engine->ops->host_memory ? lr_comm_wait(links, &passes->home, err) : LR_OK;
+    }
     if (links->rank == 0)
         memory->copy(&engine->exec, session_state, s_out, bytes);
     return LR_OK;
