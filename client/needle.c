@@ -13,6 +13,7 @@
 #include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 static const size_t max_document_bytes = (size_t)16 << 30;
 
@@ -85,9 +86,13 @@ static enum lr_status make_prompts(const struct needle *n, char ***out, struct l
     return *out ? LR_OK : lr_fail(err, LR_NO_MEMORY, "no memory for %lld questions", (long long)n->n_needles);
 }
 
-/* A file that cannot be written is no surprise to keep for the end. `path` may be NULL. */
-static enum lr_status check_output(const char *path, struct lr_error *err)
+/* A file that cannot be written, or that is the document, is no surprise to keep for the end. `path` may be NULL. */
+static enum lr_status check_output(const struct needle *n, const char *path, struct lr_error *err)
 {
+    struct stat out, document;
+    if (path && stat(path, &out) == 0 && stat(n->document, &document) == 0 && out.st_dev == document.st_dev &&
+        out.st_ino == document.st_ino)
+        return lr_fail(err, LR_INVALID, "%s is the document, and would be written over", path);
     FILE *file = path ? fopen(path, "ae") : NULL;
     if (path && !file)
         return lr_fail(err, LR_IO, "%s cannot be written: %s", path, strerror(errno));
@@ -101,8 +106,8 @@ static enum lr_status prepare(struct needle *n, struct lr_token_buffer *document
 {
     char *text = NULL;
     size_t n_bytes = 0;
-    LR_TRY(check_output(n->svg, err));
-    LR_TRY(check_output(n->prompts, err));
+    LR_TRY(check_output(n, n->svg, err));
+    LR_TRY(check_output(n, n->prompts, err));
     enum lr_status status = plant(n, &text, &n_bytes, err);
     if (status == LR_OK)
         status = lr_tokenizer_encode(n->job.tokenizer, text, n_bytes, 0, document, err);

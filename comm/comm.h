@@ -156,6 +156,8 @@ LR_MUST_USE enum lr_status lr_comm_pass(struct lr_comm *comm,
                                         void *received,
                                         size_t size_bytes,
                                         struct lr_error *err);
+/* pass that returns at once; lr_comm_wait ends it. `data` of the sender and `received` of the receiver are in use until
+ * then. The request may stay empty where there is nothing to wait for. */
 LR_MUST_USE enum lr_status lr_comm_pass_start(struct lr_comm *comm,
                                               const char *label,
                                               int from,

@@ -13,7 +13,7 @@
 
 static const int poll_ms = 20;
 static const int grace_ms = 2000; /* between SIGTERM, which lets a daemon clean up, and SIGKILL */
-static const int hold_ms = 10000; /* a claim at most; mpirun is impatient for five seconds */
+static const int hold_ms = 10000; /* a claim, then a daemon that hangs is killed; mpirun is impatient for five seconds */
 
 static struct lr_ending *armed;
 

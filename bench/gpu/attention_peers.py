@@ -63,8 +63,8 @@ def sparse(tokens=65536, heads=32, kv_heads=8, dim=128, window=4096):
     for size in (128, 64):
         own = torch.arange(tokens // size, device="cuda") * size // 128  # the query block that a key block lies in
         kept = (torch.rand(tokens // 128, tokens // size, device="cuda") < 0.1) & (own < rows)
-        race(f"random 10 % of 128 x {size} blocks T={tokens} H={heads}/{kv_heads} D={dim}", own == rows, kept, size, lambda b, h, i, j: i >= j,
-             4 * heads * dim * (kept | (own == rows)).sum().item() * 128 * size)
+        race(f"random 10 % of 128 x {size} blocks T={tokens} H={heads}/{kv_heads} D={dim}", own == rows, kept, size,
+             lambda b, h, i, j: i >= j, 4 * heads * dim * (kept | (own == rows)).sum().item() * 128 * size)
 
 
 print(torch.cuda.get_device_name(), torch.__version__, "cuDNN", torch.backends.cudnn.version())

@@ -41,13 +41,15 @@ architecture()
     echo "arch=compute_$number,code=sm_$number"
 }
 
+missing=()
+
 # as many compilers at once as there are cores
 free_core()
 {
     while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n; done
 }
 
-# A program that does not build is reported; the others go on. What touches activations is compiled for both types.
+# A program that does not build is in `missing`; the others go on. What touches activations is compiled for both types.
 compile()
 {
     build=build/gpu
@@ -55,7 +57,7 @@ compile()
     local cuda=(-std=c++17 -O3 -lineinfo -I.)
     local file name type define
     mkdir -p "$objects" $build/tests/cuda $build/bin
-    rm -f "$objects"/*
+    rm -f "$objects"/* $build/tests/cuda/* $build/bin/*_bench_*
     for type in bf16 f16; do
         define=-DLR_CUDA_${type^^}
         for file in kernels/cuda/*.cu; do
@@ -66,6 +68,7 @@ compile()
     done
     gcc "${c[@]}" -O3 -DLR_ISA_SUFFIX=c -DLR_SIMD_C -c kernels/cpu/sample.c -o "$objects/sample_c.o" &
     for file in base/*.c kernels/ref_*.c kernels/cpu/rope.c kernels/cuda/open.c; do
+        free_core
         gcc "${c[@]}" -c "$file" -o "$objects/$(basename "$file").o" &
     done
     wait
@@ -92,6 +95,12 @@ compile()
         done
     done
     wait
+    for type in bf16 f16; do
+        for file in tests/kernels/cuda/test_*.c* bench/gpu/*_bench.cu; do
+            name=$(basename "${file%.*}")_$type
+            [ -x "$build/tests/cuda/$name" ] || [ -x "$build/bin/$name" ] || missing+=("$name")
+        done
+    done
 }
 
 # run SECONDS TITLE COMMAND...: the command's output, and a word where it failed
@@ -178,6 +187,7 @@ everything()
 {
     echo "GPU $gpu; commit $commit; $(nvcc --version 2>/dev/null | tail -1); $(date -u +%Y-%m-%d)"
     local program race
+    for program in "${missing[@]}"; do echo "FAILED: $program does not build"; done
     if [[ $steps == *tests* ]]; then
         for program in "$build"/tests/cuda/test_*; do
             run 60 "$(basename "$program")" "$program"

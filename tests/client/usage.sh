@@ -62,6 +62,12 @@ expect 1 "no/picture.svg cannot be written" "$longreach" needle --model $model -
     --svg "$work/no/picture.svg" --quiet
 expect 1 "no/prompts.json cannot be written" "$longreach" needle --model $model --document "$work/document" --tokens 300 --needles 2 \
     --prompts "$work/no/prompts.json" --quiet
+for option in --prompts --svg; do
+    cp "$work/document" "$work/same"
+    expect 1 "same is the document, and would be written over" "$longreach" needle --model $model --document "$work/same" \
+        --tokens 300 --needles 2 $option "$work/same" --quiet
+    cmp -s "$work/document" "$work/same" || fail "$option wrote over the document"
+done
 expect 1 "Is a directory" run --document "$work" --question x --quiet
 cp -rL $model "$work/cut" && chmod -R u+w "$work/cut" && truncate -s 20000000 "$work/cut/model.safetensors"
 expect 1 "the file has 19965168 of data" run --model "$work/cut" --document "$work/document" --question x --quiet --workers 2

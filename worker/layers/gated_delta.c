@@ -118,8 +118,23 @@ struct passes {
     struct lr_comm_request onward, home;
 };
 
+/* Starts to pass a state. On CPUs it is through when this returns: nothing moves between memories of the host while the
+ * host computes, and whoever receives would wait for the sender's output too. */
+static enum lr_status pass_state(const struct lr_engine *engine,
+                                 int from,
+                                 const float *data,
+                                 int to,
+                                 float *received,
+                                 struct lr_comm_request *request,
+                                 struct lr_error *err)
+{
+    size_t bytes = lr_state_floats(&engine->model.dims) * sizeof(float);
+    LR_TRY(lr_comm_pass_start(engine->links, "delta state", from, data, to, received, bytes, request, err));
+    return engine->ops->host_memory ? lr_comm_wait(engine->links, request, err) : LR_OK;
+}
+
 /* Hands the state through the wave's workers in order. s_in: the state that enters my segment. What I send, and what
- * the next wave starts from, is under way when this returns: end_passes. */
+ * the next wave starts from, may be under way when this returns: end_passes. */
 static enum lr_status scan_states(struct lr_step *step,
                                   float *session_state,
                                   const float *m,
@@ -139,11 +154,8 @@ static enum lr_status scan_states(struct lr_step *step,
     for (int r = 0; r <= last; r++) {
         if (r > 0) {
             struct lr_comm_request other = {0}, *request = links->rank == r - 1 ? &passes->onward : &other;
-            LR_TRY(lr_comm_pass_start(links, "delta state", r - 1, s_out, r, s_in, bytes, request, err));
+            LR_TRY(pass_state(engine, r - 1, s_out, r, s_in, request, err));
             LR_TRY(lr_comm_wait(links, &other, err));
-            /* nothing moves between hosts' memories while the host computes: the next worker would wait for my output */
-            if (engine->ops->host_memory)
-                LR_TRY(lr_comm_wait(links, request, err));
         }
         if (r == links->rank) {
             struct lr_delta_fold_args fold = {
@@ -151,10 +163,8 @@ static enum lr_status scan_states(struct lr_step *step,
             engine->ops->delta_fold(&engine->exec, &fold);
         }
     }
-    if (last > 0) {
-        LR_TRY(lr_comm_pass_start(links, "delta state", last, s_out, 0, session_state, bytes, &passes->home, err));
-        return engine->ops->host_memory ? lr_comm_wait(links, &passes->home, err) : LR_OK;
-    }
+    if (last > 0)
+        return pass_state(engine, last, s_out, 0, session_state, &passes->home, err);
     if (links->rank == 0)
         memory->copy(&engine->exec, session_state, s_out, bytes);
     return LR_OK;
