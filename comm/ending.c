@@ -75,14 +75,36 @@ static void close_everything_but(int kept)
             close(fd);
 }
 
+/* A process of a session of its own that holds nothing but `kept` (-1: nothing): 0 is returned in it. The other returns
+ * once that is so, for daemons signal the process group of a worker, and a crowded machine runs the new process late. */
+static pid_t fork_apart(int kept)
+{
+    int apart[2];
+    bool waits = pipe(apart) == 0;
+    pid_t child = _Fork(); /* fork itself is not safe in a signal handler */
+    if (child == 0) {
+        setsid();
+        for (int number = 1; number < NSIG; number++)
+            signal(number, number == SIGTERM || number == SIGHUP ? SIG_IGN : SIG_DFL);
+        close_everything_but(kept); /* the pipe's end is what the other waits for */
+        return 0;
+    }
+    if (waits) {
+        char none;
+        close(apart[1]);
+        while (read(apart[0], &none, 1) < 0 && errno == EINTR)
+            continue;
+        close(apart[0]);
+    }
+    return child;
+}
+
 /* A process that keeps the claim until the daemon is gone: the daemon may kill the claimant before that. Where it has
  * killed all of them and then hangs (mpirun 4.1 did, on a crowded machine), this one is left to end it. */
 static void hold_claim(const struct lr_ending *ending, int claim)
 {
-    if (_Fork() != 0) /* fork itself is not safe in a signal handler */
+    if (fork_apart(claim) != 0)
         return;
-    setsid();
-    close_everything_but(claim);
     for (int waited = 0; waited < hold_ms && !lr_process_is_gone(ending->daemon, ending->daemon_started);
          waited += poll_ms)
         sleep_ms(poll_ms);
@@ -167,14 +189,8 @@ void lr_ending_disarm(void)
 
 void lr_ending_watch(const struct lr_ending *ending, unsigned seconds)
 {
-    if (fork() != 0)
+    if (fork_apart(-1) != 0)
         return; /* where there is no memory for a watcher the alarm has to do */
-    setsid();   /* daemons signal the process group of a worker */
-    for (int number = 1; number < NSIG; number++)
-        signal(number, SIG_DFL);
-    signal(SIGTERM, SIG_IGN);
-    signal(SIGHUP, SIG_IGN);
-    close_everything_but(-1);
     if (!wait_until_gone(ending, (int)seconds * 1000))
         end_all(ending);
     _exit(0);
